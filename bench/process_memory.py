@@ -1,0 +1,45 @@
+"""How much memory a process and its descendants hold, as the kernel counts it (/proc/PID/smaps_rollup)."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """The process itself, then all its living descendants."""
+    found = [pid]
+    for parent in found:  # grows while it runs
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found
+
+
+def tree_memory(pid: int) -> dict[str, int]:
+    """Bytes over a process and its descendants. Raises ProcessLookupError when the process itself is gone.
+
+    rss      all resident pages, shared ones in full (and once for each process)
+    pss      resident pages, each divided by the number of processes that map it
+    private  pages that one process alone maps (USS): what its end would give back
+    shared   pages that other processes map too, in full
+    """
+    fields: dict[str, int] = {}
+    for member in descendants(pid):
+        try:
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
+        except OSError as exc:
+            if member == pid:
+                raise ProcessLookupError(f"process {pid} is gone") from exc
+            continue  # a child that ended meanwhile
+        for line in lines[1:]:
+            name, kilobytes, *_ = line.split()
+            fields[name] = fields.get(name, 0) + int(kilobytes) * 1024
+    if not fields:
+        raise ProcessLookupError(f"process {pid} has ended")
+    return {
+        "rss": fields["Rss:"],
+        "pss": fields["Pss:"],
+        "private": fields["Private_Clean:"] + fields["Private_Dirty:"],
+        "shared": fields["Shared_Clean:"] + fields["Shared_Dirty:"],
+    }

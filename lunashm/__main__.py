@@ -1,0 +1,5 @@
+"""``python -m lunashm`` is ``lunashm``."""
+
+from lunashm.cli import main
+
+main()

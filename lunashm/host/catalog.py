@@ -1,0 +1,148 @@
+"""What is loaded. Pure bookkeeping: no threads, no sockets; segments are opaque.
+
+    (file) --load--> READY --unload, or a changed file--> DRAINING --last lease ends--> freed
+
+A generation is one content digest in one set of dtypes. Same path with new bytes is a new generation (I3).
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lunashm.errors import ModelNotFound
+from lunashm.manifest import DtypeRule, Manifest, RuleBook, Source
+from lunashm.memory import Segment
+from lunashm.protocol import ModelInfo
+
+
+class State(enum.Enum):
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass
+class Generation:
+    """``sources``: every file, as stat saw it, that is known to hold these bytes."""
+
+    manifest: Manifest
+    segments: tuple[Segment, ...]
+    load_s: float
+    rung: str
+    sources: set[Source]
+    state: State = State.READY
+    _satisfies: dict[tuple[DtypeRule, ...], bool] = field(default_factory=dict)
+
+    @property
+    def id(self) -> int:
+        return self.manifest.generation
+
+    @property
+    def memory_nbytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+    def satisfies(self, rules: tuple[DtypeRule, ...]) -> bool:
+        """Whether a client that wants ``rules`` can use this generation as it is."""
+        known = self._satisfies.get(rules)
+        if known is None:
+            known = self._satisfies[rules] = RuleBook(rules).satisfied_by(self.manifest)
+        return known
+
+
+class Catalog:
+    """All generations whose memory the host still owns."""
+
+    def __init__(self) -> None:
+        self._generations: dict[int, Generation] = {}
+        self._ids = itertools.count(1)
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def add(self, generation: Generation) -> None:
+        self._generations[generation.id] = generation
+
+    def remove(self, generation_id: int) -> Generation:
+        return self._generations.pop(generation_id)
+
+    def get(self, generation_id: int) -> Generation:
+        return self._generations[generation_id]
+
+    @property
+    def all(self) -> list[Generation]:
+        return list(self._generations.values())
+
+    def current(self, source: Source, rules: tuple[DtypeRule, ...]) -> Generation | None:
+        """A ready generation of exactly this file that serves these dtypes."""
+        return self._first(lambda g: source in g.sources and g.satisfies(rules))
+
+    def of_path(self, path: str) -> list[Generation]:
+        """Ready generations of the file at ``path``, whatever its bytes were."""
+        return [g for g in self.all if g.state is State.READY and any(s.path == path for s in g.sources)]
+
+    def same_bytes(self, digest: str, rules: tuple[DtypeRule, ...]) -> Generation | None:
+        return self._first(lambda g: g.manifest.digest == digest and g.satisfies(rules))
+
+    def _first(self, predicate: Callable[[Generation], bool]) -> Generation | None:
+        return next((g for g in self.all if g.state is State.READY and predicate(g)), None)
+
+    def names(self) -> dict[int, str]:
+        """A distinct name for each generation: file name, with its folder where two files share one, and ``@id`` for
+        all but the newest of the same file."""
+        files = {(g.manifest.name, g.manifest.source.path) for g in self.all}
+        shared = Counter(name for name, _ in files)
+        names: dict[int, str] = {}
+        taken: set[str] = set()
+        for generation in sorted(self.all, key=lambda g: g.id, reverse=True):
+            manifest = generation.manifest
+            name = manifest.name
+            if shared[name] > 1:
+                name = "/".join(manifest.source.path.split("/")[-2:])
+            if name in taken:
+                name = f"{name}@{generation.id}"
+            taken.add(name)
+            names[generation.id] = name
+        return names
+
+    def find(self, name: str) -> Generation:
+        """By name, path, or digest prefix (4 characters at least). Raises ModelNotFound, listing what there is."""
+        names = self.names()
+        exact = [g for g in self.all if name in (names[g.id], g.manifest.source.path)]
+        loose = [
+            g for g in self.all if g.manifest.name == name or (len(name) >= 4 and g.manifest.digest.startswith(name))
+        ]
+        matches = exact[-1:] or loose
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ModelNotFound(f"{name!r} could be any of {', '.join(names[g.id] for g in matches)}; say which")
+        raise ModelNotFound(f"no model {name!r} is loaded; loaded: {', '.join(names.values()) or 'none'}")
+
+    def describe(self, generation: Generation, clients: int) -> ModelInfo:
+        """``clients``: how many distinct processes hold it."""
+        manifest = generation.manifest
+        dtypes: Counter[str] = Counter()
+        for spec in manifest.tensors:
+            dtypes[spec.dtype] += spec.nbytes
+        nbytes = manifest.nbytes
+        return ModelInfo(
+            name=self.names()[generation.id],
+            path=manifest.source.path,
+            digest=manifest.digest,
+            generation=generation.id,
+            state=generation.state.value,
+            rung=generation.rung,
+            dtypes=dict(dtypes),
+            tensors=len(manifest.tensors),
+            nbytes=nbytes,
+            memory_nbytes=generation.memory_nbytes,
+            loaded_nbytes=nbytes,
+            clients=clients,
+            saved=max(clients - 1, 0) * nbytes,
+            until="unload" if generation.state is State.READY else "last detach",
+            load_s=generation.load_s,
+            rules=manifest.rules,
+        )

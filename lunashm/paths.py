@@ -1,0 +1,146 @@
+"""Where a host can be found: the runtime directory, endpoint names, the lock that says a host is alive.
+
+A host holds an exclusive flock on ``<endpoint>.lock`` for as long as it lives, so "is anyone there?" needs no
+time-out: the kernel drops the lock with the process, even across PID namespaces.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from lunashm.errors import AlreadyServing, SettingsError
+from lunashm.protocol import HostInfo
+
+_SUN_PATH_MAX = 107
+"""Bytes a Unix socket's path may have on Linux."""
+
+
+def runtime_dir() -> Path:
+    """The directory for sockets and locks, mode 0700 and ours. Raises SettingsError where it is someone else's."""
+    directory = Path(os.environ.get("LUNASHM_RUNTIME_DIR") or platformdirs.user_runtime_path("lunashm"))
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = directory.stat()
+    if owner.st_uid != os.getuid():
+        raise SettingsError(f"{directory} belongs to uid {owner.st_uid}; set LUNASHM_RUNTIME_DIR to a directory of yours")
+    if stat.S_IMODE(owner.st_mode) & 0o077:
+        directory.chmod(0o700)
+    return directory
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One host's addresses, all derived from the control URL ``ipc:///path/name.sock``."""
+
+    url: str
+
+    @classmethod
+    def for_device(cls, device: str) -> Endpoint:
+        name = "".join(c if c.isalnum() or c == "-" else "_" for c in device)
+        return cls.parse(f"ipc://{runtime_dir() / name}.sock")
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """Raises SettingsError for anything but an absolute ipc path short enough for a Unix socket."""
+        if not url.startswith("ipc:///"):
+            raise SettingsError(
+                f"endpoint {url!r} is not ipc:///absolute/path.sock; other transports are not supported "
+                "(TCP would need CURVE keys, which this version does not have)"
+            )
+        endpoint = cls(url if url.endswith(".sock") else url + ".sock")
+        longest = len(os.fsencode(endpoint.events.removeprefix("ipc://")))
+        if longest > _SUN_PATH_MAX:
+            raise SettingsError(
+                f"socket path of {url!r} has {longest} bytes, Unix sockets allow {_SUN_PATH_MAX}; "
+                "set LUNASHM_RUNTIME_DIR to a shorter directory"
+            )
+        return endpoint
+
+    @property
+    def _stem(self) -> str:
+        return self.url.removesuffix(".sock")
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.url.removeprefix("ipc://"))
+
+    @property
+    def events(self) -> str:
+        return self._stem + ".events.sock"
+
+    @property
+    def lock_path(self) -> Path:
+        return Path(self._stem.removeprefix("ipc://") + ".lock")
+
+
+class HostLock:
+    """Held by the one host of an endpoint while it lives."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._fd = -1
+
+    def acquire(self, patience_s: float = 1.0) -> None:
+        """Raises AlreadyServing, naming the pid. Patience covers a client that is just probing the lock."""
+        self._endpoint.lock_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self._endpoint.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                os.close(fd)
+                holder = find_host(self._endpoint)
+                who = f"pid {holder.pid}" if holder else "another process"
+                raise AlreadyServing(
+                    f"{who} already serves {self._endpoint.url}; use it as it is, or stop it first (lunashm stop)"
+                ) from None
+        self._fd = fd
+
+    def publish(self, info: HostInfo) -> None:
+        """Write who we are, for :func:`find_host`."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, msgspec.json.encode(info), 0)
+
+    def release(self) -> None:
+        """The file stays: unlinking a lock file races with the next host taking it."""
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def find_host(endpoint: Endpoint) -> HostInfo | None:
+    """The live host of ``endpoint``, or None. Never blocks."""
+    try:
+        fd = os.open(endpoint.lock_path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            written = os.pread(fd, 1 << 16, 0)
+            try:
+                return msgspec.json.decode(written, type=HostInfo)
+            except msgspec.DecodeError:
+                return None  # starting up, or stopping: not ready either way
+        return None
+    finally:
+        os.close(fd)
+
+
+def all_endpoints() -> list[Endpoint]:
+    """Every endpoint in the runtime directory that a host has ever used."""
+    return [Endpoint(f"ipc://{lock.with_suffix('.sock')}") for lock in sorted(runtime_dir().glob("*.lock"))]

@@ -1,0 +1,22 @@
+"""Which process is which: a pid alone is not enough across namespaces and reuse."""
+
+from __future__ import annotations
+
+import os
+
+
+def namespace(pid: int | str = "self") -> int:
+    """The inode of a process's PID namespace; 0 where /proc does not say."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def start_ticks(pid: int | str = "self") -> int:
+    """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
