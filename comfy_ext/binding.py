@@ -1,0 +1,165 @@
+"""The host's bytes in a module's parameters: put there once, and again when a new host comes up.
+
+Parameters are shared, buffers are private clones (some layers write them). Nothing is left that still points into
+the loader's own mapping of the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lunashm.client import Attachment, Session
+from lunashm.errors import InvalidCheckpoint, LunashmError, SourceChanged
+from lunashm.manifest import DtypeRule
+from lunashm.views import NAMES
+
+from .rules import rules_for
+from .trace import FileTensors, Slot, Trace
+
+log = logging.getLogger("lunashm.comfy")
+
+_RETRY_S = 1.0
+
+live: weakref.WeakSet[SharedFile] = weakref.WeakSet()
+"""Every shared file some model of this process still shows."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter and the stretch of a shared tensor it shows: ``start`` in elements, row-major."""
+
+    owner: torch.nn.Module
+    name: str
+    tensor: str
+    start: int
+    shape: torch.Size
+
+    def bind(self, shared: dict[str, torch.Tensor]) -> None:
+        view = shared[self.tensor].view(-1)[self.start : self.start + self.shape.numel()].view(self.shape)
+        self.owner._parameters[self.name] = torch.nn.Parameter(view, requires_grad=False)
+
+
+class SharedFile:
+    """One attached file and every place that shows it. Several models (UNet, CLIP, VAE) may share one."""
+
+    def __init__(self, attachment: Attachment, session: Session, places: list[Place], wait_s: float) -> None:
+        self.attachment = attachment
+        self._session = session
+        self._places = places
+        self._wait_s = wait_s
+        self._next_try = 0.0
+        self._told = ""
+        live.add(self)
+
+    def bind(self) -> None:
+        with torch.inference_mode(False):
+            shared = self.attachment.state_dict()
+            for place in self._places:
+                place.bind(shared)
+
+    @property
+    def places(self) -> list[Place]:
+        return self._places
+
+    def stale(self) -> bool:
+        """Whether the host that lent these bytes is gone and another is there. Cheap enough for every prompt."""
+        if self.attachment.attached or time.monotonic() < self._next_try:
+            return False
+        self._next_try = time.monotonic() + _RETRY_S
+        return self._session.host is not None or self._session.host_is_back()
+
+    def refresh(self) -> None:
+        """Attach to the host that is there now and let go of the old mapping. On failure the old one stays in use."""
+        old = self.attachment
+        try:
+            self.attachment = old.reattached(self._wait_s)
+        except LunashmError as exc:
+            if exc.message != self._told:
+                self._told = exc.message
+                log.warning("[lunashm] %s stays on the old copy: %s", old.manifest.name, exc)
+            return
+        self.bind()
+        old.close()
+        log.info("[lunashm] re-attached %s to host pid %d", old.manifest.name, self._session.host.pid)  # type: ignore[union-attr]
+
+
+class Binding:
+    """What one model (a root module) shares. Kept on the module as ``lunashm``, so that all its patchers see it."""
+
+    def __init__(self, files: list[SharedFile], private_nbytes: int) -> None:
+        self.files = files
+        self.private_nbytes = private_nbytes
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None  # a deep copy of the module has private parameters: nothing is bound there
+
+    def stale(self) -> bool:
+        return any(file.stale() for file in self.files)
+
+    def refresh(self) -> None:
+        for file in self.files:
+            if not file.attachment.attached:
+                file.refresh()
+
+
+def needed_rules(file: FileTensors, slots: Iterable[Slot]) -> tuple[DtypeRule, ...]:
+    """The dtype rules to ask the host for, so that each parameter gets what stock would have made."""
+    wanted: dict[str, str] = {}
+    for slot in slots:
+        found = None if slot.is_buffer else file.locate(slot.tensor)
+        if found is not None:
+            wanted.setdefault(found[0], NAMES[slot.dtype])
+    return rules_for({name: NAMES[tensor.dtype] for name, tensor in file.tensors.items()}, wanted)
+
+
+def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Session, wait_s: float) -> SharedFile:
+    """Point every parameter that came from ``file`` at the host's bytes.
+
+    Raises SourceChanged if host and loader read different files, InvalidCheckpoint if a tensor is missing or differs.
+    """
+    source, local = attachment.manifest.source, file.identity
+    if (source.size, source.mtime_ns) != (local.size, local.mtime_ns):
+        raise SourceChanged(f"{local.path} changed while it was being attached; queue the prompt again")
+    shared = attachment.state_dict()
+    places = []
+    for slot in trace.slots:
+        tensor = slot.tensor
+        found = file.locate(tensor)
+        if found is None or slot.is_buffer or not tensor.is_contiguous():
+            continue
+        name, start = found
+        theirs = shared.get(name)
+        if theirs is None or theirs.shape != file.tensors[name].shape:
+            raise InvalidCheckpoint(f"host's copy of {local.path} lacks {name!r} as the file has it; unload and load it again")
+        if theirs.dtype == slot.dtype:
+            places.append(Place(slot.owner, slot.name, name, start, tensor.shape))
+    result = SharedFile(attachment, session, places, wait_s)
+    result.bind()
+    return result
+
+
+def make_private(trace: Trace, shared: Iterable[SharedFile]) -> list[Slot]:
+    """Give every slot that is not shared what stock would have left there: an own, dense tensor in stock's dtype.
+
+    Returns those slots, for the report (I7).
+    """
+    placed = {(id(place.owner), place.name) for file in shared for place in file.places}
+    private = [slot for slot in trace.slots if (id(slot.owner), slot.name) not in placed]
+    with torch.inference_mode(False):
+        for slot in private:
+            tensor = slot.tensor.detach()
+            in_file = any(file.locate(tensor) is not None for file in trace.files)
+            if not in_file and tensor.dtype == slot.dtype and tensor.is_contiguous():
+                continue
+            own = tensor.to(slot.dtype, copy=True).contiguous()
+            if slot.is_buffer:
+                slot.owner._buffers[slot.name] = own
+            else:
+                slot.owner._parameters[slot.name] = torch.nn.Parameter(own, requires_grad=False)
+    return private
