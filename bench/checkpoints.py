@@ -1,40 +1,33 @@
 """Diffusion checkpoints with random weights that stock ComfyUI loaders accept.
 
-Owns the file: which tensors an architecture has, what each is filled with, and how they reach the disk. The names and
-shapes come from ComfyUI's own classes, built on the meta device; no value does. A tensor's values depend on the seed and
-its name alone, and tensors are written one at a time, so memory stays at one tensor however big the file is.
+Owns which tensors each architecture has. Names and shapes come from ComfyUI's own classes, built on the meta
+device; the values are bench.random_weights'.
 
     python -m bench.checkpoints sd15-tiny tiny.safetensors --dtype fp16
 
-CLIP-L is always whole: ComfyUI builds all 12 layers whatever the file holds, and what the file lacks stays uninitialised.
-So any file with a text encoder has 123 M parameters in it (246 MB in fp16).
+CLIP-L is always whole: ComfyUI builds all 12 layers whatever the file holds, and leaves uninitialised what it
+lacks. So any file with a text encoder has 123 M parameters for it (246 MB in fp16).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
-import math
 import os
 import re
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
-WIRE = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+from bench.random_weights import DTYPES, Shapes, fill, write
+
 MAKE_TIMEOUT_S = 600
 ROOT = Path(__file__).resolve().parent.parent
-
-Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
 
 
 class CheckpointError(Exception):
@@ -42,10 +35,10 @@ class CheckpointError(Exception):
 
 
 def comfy_root(comfy: str | Path | None = None) -> Path:
-    """The ComfyUI checkout: the argument, else $COMFYUI_PATH, else ~/ComfyUI."""
-    root = Path(comfy or os.environ.get("COMFYUI_PATH") or "~/ComfyUI").expanduser().resolve()
+    """The ComfyUI checkout: the argument, else $LUNASHM_COMFYUI, else ~/ComfyUI."""
+    root = Path(comfy or os.environ.get("LUNASHM_COMFYUI") or "~/ComfyUI").expanduser().resolve()
     if not (root / "comfy" / "sd.py").is_file():
-        raise CheckpointError(f"no ComfyUI checkout at {root}; pass it or set COMFYUI_PATH")
+        raise CheckpointError(f"no ComfyUI checkout at {root}; pass it or set LUNASHM_COMFYUI")
     return root
 
 
@@ -67,30 +60,33 @@ def make(
     return Path(out)
 
 
-# --- which tensors: ComfyUI's classes, on the meta device --------------------------------------------------------
+# --- which tensors: ComfyUI's classes, on the meta device -----------------------------------------
 
 
-def _shapes(module: Any, prefix: str = "") -> Shapes:
+def _shapes(module: torch.nn.Module, prefix: str = "") -> Shapes:
     return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _build(path: str, **config: Any) -> Any:
+def _build(path: str, **config: object) -> torch.nn.Module:
     """Instantiate a class of ComfyUI's by dotted path, without memory for its parameters."""
     module, _, name = path.rpartition(".")
     with torch.device("meta"):
-        return getattr(importlib.import_module(module), name)(**config)
+        built: torch.nn.Module = getattr(importlib.import_module(module), name)(**config)
+    return built
 
 
-def _ops() -> Any:
+def _ops() -> object:
+    """The layer classes that skip initialisation."""
     return importlib.import_module("comfy.ops").disable_weight_init
 
 
 def _unet(mult: list[int], blocks: int, depth: list[int], out_depth: list[int]) -> Shapes:
     unet = _build(
-        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", image_size=32, in_channels=4, out_channels=4,
-        model_channels=320, num_res_blocks=[blocks] * len(mult), channel_mult=mult, transformer_depth=depth,
-        transformer_depth_output=out_depth, transformer_depth_middle=1, context_dim=768, num_heads=8, legacy=False,
-        use_spatial_transformer=True, device="meta", operations=_ops(),
+        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", image_size=32, in_channels=4,
+        out_channels=4, model_channels=320, num_res_blocks=[blocks] * len(mult), channel_mult=mult,
+        transformer_depth=depth, transformer_depth_output=out_depth, transformer_depth_middle=1,
+        context_dim=768, num_heads=8, legacy=False, use_spatial_transformer=True, device="meta",
+        operations=_ops(),
     )  # fmt: skip
     return _shapes(unet, "model.diffusion_model.")
 
@@ -123,41 +119,40 @@ def sd15() -> Shapes:
     clip = "cond_stage_model.transformer."
     unet = _unet([1, 2, 4, 4], 2, [1, 1, 1, 1, 1, 1, 0, 0], [1] * 9 + [0] * 3)
     ids: Shapes = {clip + "text_model.embeddings.position_ids": (1, 77)}
-    return unet | _kl_vae("first_stage_model.") | ids | _clip_l(clip, projection=False)
+    return ids | unet | _kl_vae("first_stage_model.") | _clip_l(clip, projection=False)  # 8-byte entry first
 
 
 def sd15_tiny() -> Shapes:
-    """SD1.5 with one level and one residual block (320 channels and context 768 are what detection asks for)."""
+    """SD1.5 of one level and one residual block (detection asks for 320 channels and context 768)."""
     unet = _unet([1], 1, [1], [1, 1])
     return unet | _taesd("first_stage_model.", 4) | _clip_l("cond_stage_model.transformer.", projection=False)
 
 
 def sd3_tiny() -> Shapes:
     """SD3 of depth 2, so width 128; positions for latents up to 32x32 patches (512 px)."""
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
     mmdit = _build(
-        "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper", input_size=None, in_channels=16,
-        out_channels=16, depth=2, adm_in_channels=2048, num_patches=32 * 32, pos_embed_max_size=32, device="meta",
-        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
-        operations=_ops(),
+        "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper", input_size=None,
+        in_channels=16, out_channels=16, depth=2, adm_in_channels=2048, num_patches=32 * 32,
+        pos_embed_max_size=32, context_embedder_config=embedder, device="meta", operations=_ops(),
     )  # fmt: skip
     shapes = _shapes(mmdit, "model.diffusion_model.") | _taesd("first_stage_model.", 16)
     return shapes | _clip_l("text_encoders.clip_l.transformer.")
 
 
 def flux_tiny() -> Shapes:
-    """Flux with one head, one double and one single block; context 768, so that CLIP-L alone can condition it."""
+    """Flux of one head, one double and one single block; context 768, so that CLIP-L alone can condition it.
+
+    ComfyUI 0.8 cannot load it: there a Flux has 24 heads whatever the file says.
+    """
     flux = _build(
         "comfy.ldm.flux.model.Flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768,
         hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56],
         theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, device="meta", operations=_ops(),
-        **({"txt_ids_dims": []} if "txt_ids_dims" in _flux_fields() else {}),
+        txt_ids_dims=[],
     )  # fmt: skip
-    # Published files say `.scale`; ComfyUI 0.28 names the module's parameter `.weight` and maps the file's name.
+    # Published files say `.scale`; ComfyUI 0.28 calls the parameter `.weight` and maps the file's name.
     return {re.sub(r"_norm\.weight$", "_norm.scale", name): shape for name, shape in _shapes(flux).items()}
-
-
-def _flux_fields() -> set[str]:
-    return set(importlib.import_module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__)
 
 
 ARCHS: dict[str, Callable[[], Shapes]] = {
@@ -171,78 +166,12 @@ ARCHS: dict[str, Callable[[], Shapes]] = {
 LATENT_SCALE = {"sd15-tiny": (0.18215, 0.0), "sd3-tiny": (1.5305, 0.0609), "vae-tiny": (0.3611, 0.1159)}
 
 
-# --- what they are filled with --------------------------------------------------------------------------------------
-
-
-def fill(name: str, shape: Shape, seed: int, latent: tuple[float, float] = (1.0, 0.0)) -> torch.Tensor:
-    """Random float32 (int64 for position_ids) that keeps activations near unit scale and images varied.
-
-    `latent` is the scale and shift that a TAESD expects of its latents.
-    """
-    if name.endswith("position_ids"):
-        return torch.arange(shape[-1], dtype=torch.int64).reshape(shape)
-    if name.endswith(("vae_scale", "vae_shift")):
-        return torch.tensor(latent[name.endswith("vae_shift")])
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-    )
-    values = torch.empty(shape).normal_(0.0, _std(name, shape), generator=generator)
-    if len(shape) == 1 and not name.endswith("bias"):
-        values += 1.0  # norm weights
-    if name.endswith("taesd_decoder.19.weight"):  # its inputs are all positive: without this, one flat colour
-        values -= values.mean((1, 2, 3), keepdim=True)
-    if name.endswith("taesd_decoder.19.bias"):
-        values += 0.5  # the decoder's output is an image in 0..1
-    return values
-
-
-def _std(name: str, shape: Shape) -> float:
-    if len(shape) <= 1 or "token_embedding" in name:
-        return 0.02
-    if "position_embedding" in name:
-        return 0.01
-    if name.endswith("pos_embed"):
-        return 0.5
-    gain = 0.25 if name.endswith("taesd_decoder.19.weight") else 1.0  # its inputs are several units large
-    return float(gain * math.prod(shape[1:]) ** -0.5)  # fan-in
-
-
-# --- how they reach the disk ----------------------------------------------------------------------------------------
-
-
-def write(
-    out: Path, shapes: Shapes, dtype: torch.dtype, tensors: Iterator[torch.Tensor], metadata: dict[str, str]
-) -> int:
-    """Stream tensors into a safetensors file that appears whole or not at all; returns its size in bytes."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, shape in shapes.items():
-        kind = torch.int64 if name.endswith("position_ids") else dtype
-        begin, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": WIRE[kind], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors:
-                stored = tensor if tensor.dtype == torch.int64 else tensor.to(dtype)
-                file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
-            size = file.tell()
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
-    return size
-
-
 def main(argv: list[str] | None = None) -> None:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=about)
     parser.add_argument("arch", choices=list(ARCHS))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--comfy", help="ComfyUI checkout (default: $COMFYUI_PATH, else ~/ComfyUI)")
+    parser.add_argument("--comfy", help="ComfyUI checkout (default: $LUNASHM_COMFYUI, else ~/ComfyUI)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -35,7 +35,7 @@ class ServerFailed(ComfyError):
 class PromptRejected(ComfyError):
     """Validation refused the workflow; `details` is the server's answer."""
 
-    def __init__(self, details: Any) -> None:
+    def __init__(self, details: object) -> None:
         super().__init__(f"prompt rejected: {json.dumps(details, indent=1)[:4000]}")
         self.details = details
 
@@ -117,8 +117,11 @@ class ComfyApi:
         """The error for a server that does not do as asked; overridden by those who know more of it."""
         return ServerFailed(f"ComfyUI on port {self.port} {what}")
 
-    def request(self, path: str, body: Any = None, timeout_s: float = 60.0) -> bytes:
-        """POST with a body, else GET. Raises ServerFailed without an answer, HTTPError for 400, else ComfyError."""
+    def request(self, path: str, body: object = None, timeout_s: float = 60.0) -> bytes:
+        """POST with a body, else GET; returns the body of the answer.
+
+        Raises ServerFailed without an answer, HTTPError for status 400 and ComfyError for any other.
+        """
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", data, headers)

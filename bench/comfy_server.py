@@ -1,7 +1,7 @@
 """A real, unmodified ComfyUI server in a process group of its own.
 
-Owns its private base directory (custom nodes, output, user data and database), its port, its log and its end. Knows
-nothing of lunashm: what a server runs with comes in as custom node directories, arguments and environment.
+Owns its private base directory (custom nodes, output, user data and database), its port, its log and its end.
+Knows nothing of lunashm: what a server runs with comes in as custom node directories, arguments, environment.
 
     with ComfyServer(models=[models], custom_nodes={"lunashm": "comfy_ext"}) as server:
         png = server.render(txt2img_checkpoint("sd15-tiny.safetensors"))
@@ -42,28 +42,32 @@ def free_port() -> int:
 
 
 def _end_group(process: subprocess.Popen[bytes], grace_s: float = 0.0) -> None:
-    """SIGTERM (when there is grace), then SIGKILL to the whole group; reaps the leader. Does nothing when done."""
-    if process.returncode is not None:
-        return  # reaped before: its number may be someone else's by now
+    """SIGTERM (when there is grace), then SIGKILL to the whole group; reaps the leader, once."""
     with contextlib.suppress(ProcessLookupError):
-        if grace_s > 0:
+        if grace_s > 0 and process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)
             deadline = time.monotonic() + grace_s
-            while time.monotonic() < deadline and not _exited(process.pid):
+            while time.monotonic() < deadline and not _exited(process):
                 time.sleep(POLL_S)
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlive the leader are in its group
+        if process.returncode is None:  # not reaped: the group's number is still its own
+            os.killpg(process.pid, signal.SIGKILL)  # with it children that outlive the leader
     process.wait()
 
 
-def _exited(pid: int) -> bool:
-    """Whether a child has ended; it stays a zombie, which keeps its number and its group's name taken."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _exited(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended; does not reap it, so that its number and its group's stay taken."""
+    if process.returncode is not None:
+        return True
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # another thread is reaping it just now
+        return True
 
 
 class ComfyServer(ComfyApi):
     """Context manager: up and answering on entry, its whole process group gone on exit.
 
-    models        folders laid out as ComfyUI's `models` (checkpoints/, vae/, loras/ ...); searched, never written
+    models        folders laid out as ComfyUI's `models` (checkpoints/, vae/ ...); searched, never written
     custom_nodes  name -> directory, linked into the private custom_nodes
     arguments     further command line arguments, as ("--fp32-text-enc",)
     environment   added to this process's environment
@@ -73,6 +77,7 @@ class ComfyServer(ComfyApi):
 
     def __init__(
         self,
+        *,
         comfy: str | Path | None = None,
         models: Sequence[str | Path] = (),
         custom_nodes: Mapping[str, str | Path] | None = None,
@@ -98,11 +103,13 @@ class ComfyServer(ComfyApi):
         self.started_s = 0.0  # wall time from exec to the first answer
         self._keep_base = base is not None
         self.base = Path(base or tempfile.mkdtemp(prefix="comfy-bench-")).resolve()
+        if not self._keep_base:
+            weakref.finalize(self, shutil.rmtree, self.base, True)  # runs after the process's own, made later
         self.log = self.base / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._log_text = ""
 
-    # --- life ------------------------------------------------------------------------------------------------
+    # --- life -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         return self.start()
@@ -186,13 +193,13 @@ class ComfyServer(ComfyApi):
             shutil.rmtree(self.base, ignore_errors=True)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, without warning, as a crash would; the base directory stays until stop()."""
+        """SIGKILL to the whole group, as a crash would; the base directory stays until stop()."""
         _end_group(self._started)
 
     def free(self, settle_timeout_s: float = 10.0) -> None:
         """Unload all models, drop cached results, and wait until memory stands still for half a second.
 
-        The server only notes the wish and gives no sign of its end, and a prompt queued too soon would go first.
+        The server only notes the wish and gives no sign when done; a prompt queued too soon would go first.
         """
         super().free()
         deadline, still, last = time.monotonic() + settle_timeout_s, 0, -1
@@ -201,7 +208,7 @@ class ComfyServer(ComfyApi):
             now = self.memory()["private"]
             still, last = (still + 1 if abs(now - last) < 1 << 20 else 0), now
 
-    # --- what can be seen of it --------------------------------------------------------------------------------
+    # --- what can be seen of it -----------------------------------------------------------------------
 
     @property
     def _started(self) -> subprocess.Popen[bytes]:
@@ -215,8 +222,7 @@ class ComfyServer(ComfyApi):
 
     @property
     def alive(self) -> bool:
-        process = self._process
-        return process is not None and process.returncode is None and not _exited(process.pid)
+        return self._process is not None and not _exited(self._process)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the server and its descendants; see `tree_memory`."""

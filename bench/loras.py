@@ -1,9 +1,9 @@
 """LoRA files with random factors that fit a given checkpoint.
 
-Owns which layers are touched and how strongly; the file format and the random numbers are bench.checkpoints'. Keys are in
+Owns which layers are touched and how strongly; values and bytes are bench.random_weights'. Keys are in
 ComfyUI's generic form (`diffusion_model.*`, `text_encoders.*`), which every architecture accepts.
 
-    python -m bench.loras tiny.safetensors style.safetensors --rank 4 --strength 0.5
+    python -m bench.loras tiny.safetensors style.safetensors --rank 4 --strength 0.1
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.checkpoints import DTYPES, CheckpointError, Shapes, fill, write
+from bench.checkpoints import CheckpointError
+from bench.random_weights import DTYPES, Shapes, fill, write
 
 LAYERS = ("attn", "mlp", ".ff.", "linear1", "linear2")
 # From the file's prefix to the key's; a file with one bare model in it has no prefix.
@@ -50,8 +51,9 @@ def _layers(base: str | Path, parts: tuple[str, ...]) -> dict[str, list[int]]:
 def make(
     base: str | Path,
     out: str | Path,
+    *,
     rank: int = 4,
-    strength: float = 0.5,
+    strength: float = 0.1,
     dtype: str = "fp16",
     seed: int = 0,
     parts: tuple[str, ...] = ("diffusion_model.", "text_encoders."),
@@ -81,11 +83,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("base", type=Path, help="checkpoint that the LoRA is for")
     parser.add_argument("out", type=Path)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--strength", type=float, default=0.5, help="size of the update against the weight")
+    parser.add_argument("--strength", type=float, default=0.1, help="size of the update against the weight")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    out = make(args.base, args.out, args.rank, args.strength, args.dtype, args.seed)
+    out = make(args.base, args.out, rank=args.rank, strength=args.strength, dtype=args.dtype, seed=args.seed)
     print(f"{out}: rank {args.rank}, {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,7 +1,7 @@
 """ComfyUI workflows in API format, small enough for a CPU, and what to compare of their images.
 
-Owns graphs of stock nodes; knows no server and no file. Same arguments, same graph: the PNG carries it as metadata, so
-whole files can be compared byte for byte between servers.
+Owns graphs of stock nodes; knows no server and no file. Same arguments, same graph: the PNG carries it as
+metadata, so whole files can be compared byte for byte between servers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Lora = tuple[str, float, float]  # file name, strength_model, strength_clip
 Link = list[str | int]  # node, output
 
 
-def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+def _node(kind: str, **inputs: object) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
@@ -37,10 +37,15 @@ def _loras(graph: Graph, model: Link, clip: Link, loras: Sequence[Lora]) -> tupl
 
 
 def _sample(
-    graph: Graph, model: Link, clip: Link, vae: Link, latent: Graph, prompts: tuple[str, str], **settings: Any
+    graph: Graph,
+    sources: tuple[Link, Link, Link],
+    latent: dict[str, Any],
+    prompts: tuple[str, str],
+    **settings: object,
 ) -> Graph:
-    """The common end of a text-to-image graph; `settings` are the KSampler's."""
-    graph |= latent
+    """The common end of a text-to-image graph; `sources`: model, clip, vae; `settings`: the KSampler's."""
+    model, clip, vae = sources
+    graph["latent"] = latent
     graph["positive"] = _node("CLIPTextEncode", clip=clip, text=prompts[0])
     graph["negative"] = _node("CLIPTextEncode", clip=clip, text=prompts[1])
     links = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
@@ -52,25 +57,28 @@ def _sample(
 
 def txt2img_checkpoint(
     ckpt: str,
+    *,
     positive: str = "a lighthouse on a cliff, morning light",
     negative: str = "blurry",
     seed: int = 1,
     steps: int = 2,
     size: int = 64,
     sampler: str = "euler",
-    *,
     scheduler: str = "normal",
     cfg: float = 4.0,
     loras: Sequence[Lora] = (),
     sd3: bool = False,
 ) -> Graph:
-    """CheckpointLoaderSimple to SaveImage; `sd3` asks for a 16-channel latent. `size` is in pixels, a multiple of 16."""
+    """CheckpointLoaderSimple to SaveImage; `size` in pixels, a multiple of 16.
+
+    `sd3` asks for the 16-channel latent that an SD3 checkpoint needs.
+    """
     graph: Graph = {"checkpoint": _node("CheckpointLoaderSimple", ckpt_name=ckpt)}
     model, clip = _loras(graph, ["checkpoint", 0], ["checkpoint", 1], loras)
     kind = "EmptySD3LatentImage" if sd3 else "EmptyLatentImage"
-    latent = {"latent": _node(kind, width=size, height=size, batch_size=1)}
+    latent = _node(kind, width=size, height=size, batch_size=1)
     return _sample(
-        graph, model, clip, ["checkpoint", 2], latent, (positive, negative),
+        graph, (model, clip, ["checkpoint", 2]), latent, (positive, negative),
         seed=seed, steps=steps, cfg=cfg, sampler_name=sampler, scheduler=scheduler,
     )  # fmt: skip
 
@@ -79,12 +87,12 @@ def flux_unet(
     unet: str,
     clip: str,
     vae: str,
+    *,
     positive: str = "a lighthouse on a cliff, morning light",
     seed: int = 1,
     steps: int = 2,
     size: int = 64,
     sampler: str = "euler",
-    *,
     scheduler: str = "simple",
     guidance: float = 3.5,
     loras: Sequence[Lora] = (),
@@ -92,8 +100,8 @@ def flux_unet(
 ) -> Graph:
     """UNETLoader + CLIPLoader (CLIP-L) + VAELoader for a Flux whose context is 768 wide.
 
-    A published Flux takes its context from T5-XXL (4.7 B parameters, no smaller one loads); bench.checkpoints' flux-tiny
-    reads CLIP-L's instead, both context and pooled vector, through the stock "stable_diffusion" CLIP type.
+    A published Flux takes its context from T5-XXL (4.7 B parameters, and no smaller one loads); flux-tiny of
+    bench.checkpoints takes context and pooled vector from CLIP-L, through the stock "stable_diffusion" type.
     """
     graph: Graph = {
         "unet": _node("UNETLoader", unet_name=unet, weight_dtype=weight_dtype),
@@ -101,9 +109,9 @@ def flux_unet(
         "vae": _node("VAELoader", vae_name=vae),
     }
     model, text = _loras(graph, ["unet", 0], ["clip", 0], loras)
-    latent = {"latent": _node("EmptySD3LatentImage", width=size, height=size, batch_size=1)}
+    latent = _node("EmptySD3LatentImage", width=size, height=size, batch_size=1)
     _sample(
-        graph, model, text, ["vae", 0], latent, (positive, ""),
+        graph, (model, text, ["vae", 0]), latent, (positive, ""),
         seed=seed, steps=steps, cfg=1.0, sampler_name=sampler, scheduler=scheduler,
     )  # fmt: skip
     graph["guidance"] = _node("FluxGuidance", conditioning=["positive", 0], guidance=guidance)
@@ -123,9 +131,9 @@ def vae_only(vae: str, size: int = 64, color: int = 0x4080C0) -> Graph:
 
 
 def again(workflow: Graph, nonce: int) -> Graph:
-    """The same workflow, sampled anew by a server that has it cached: same pixels, metadata differ by the nonce.
+    """The same workflow, sampled anew by a server that has it cached: same pixels, other metadata.
 
-    An input the node doesn't declare is part of ComfyUI's cache key and is not passed on to the node.
+    An input that the node doesn't declare is part of ComfyUI's cache key, and is not passed on to the node.
     """
     renewed = copy.deepcopy(workflow)
     renewed["sampler"]["inputs"]["bench_nonce"] = nonce

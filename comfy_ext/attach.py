@@ -147,9 +147,12 @@ def _share(
 
 def _attach(traced: trace.Trace, session: Session, wait_s: float, holders: list[Any]) -> None:
     """Put the host's bytes in place of everything the loader took from its files, and say so."""
+    for holder in holders:
+        if isinstance(holder, comfy.sd.VAE) and holder.first_stage_model is not None:
+            traced.settle(holder.first_stage_model, holder.vae_dtype)
     files = []
     for file in traced.files:
-        rules = binding.needed_rules(file, traced.slots)
+        rules = binding.needed_rules(file, traced)
         attachment = Attachment.open(session, file.identity.path, rules, wait_s)
         files.append(binding.bind(traced, file, attachment, session, wait_s))
     private = binding.make_private(traced, files)

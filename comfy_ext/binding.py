@@ -20,7 +20,7 @@ from lunashm.manifest import DtypeRule
 from lunashm.views import NAMES
 
 from .rules import rules_for
-from .trace import FileTensors, Slot, Trace
+from .trace import FileTensors, Origin, Slot, Trace
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -108,14 +108,29 @@ class Binding:
                 file.refresh()
 
 
-def needed_rules(file: FileTensors, slots: Iterable[Slot]) -> tuple[DtypeRule, ...]:
+def needed_rules(file: FileTensors, trace: Trace) -> tuple[DtypeRule, ...]:
     """The dtype rules to ask the host for, so that each parameter gets what stock would have made."""
     wanted: dict[str, str] = {}
-    for slot in slots:
-        found = None if slot.is_buffer else file.locate(slot.tensor)
-        if found is not None:
-            wanted.setdefault(found[0], NAMES[slot.dtype])
+    for slot in trace.slots:
+        origin = shareable(slot, trace)
+        if origin is not None and origin.file is file:
+            wanted.setdefault(origin.name, NAMES[slot.dtype])
     return rules_for({name: NAMES[tensor.dtype] for name, tensor in file.tensors.items()}, wanted)
+
+
+def shareable(slot: Slot, trace: Trace) -> Origin | None:
+    """Which stretch of a file a parameter is, dtype apart; None if it was built or changed by the loader.
+
+    A tensor that was replaced after the load (0.8 converts the whole VAE afterwards) still counts if it is exactly
+    the file's in another dtype.
+    """
+    tensor = slot.tensor
+    if slot.is_buffer or slot.origin is None or not tensor.is_contiguous():
+        return None
+    if trace.locate(tensor) is not None:
+        return slot.origin
+    before = slot.origin.stretch(tensor.shape).to(tensor.dtype)
+    return slot.origin if tensor.dtype == slot.dtype and torch.equal(before, tensor) else None
 
 
 def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Session, wait_s: float) -> SharedFile:
@@ -129,16 +144,14 @@ def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Sessi
     shared = attachment.state_dict()
     places = []
     for slot in trace.slots:
-        tensor = slot.tensor
-        found = file.locate(tensor)
-        if found is None or slot.is_buffer or not tensor.is_contiguous():
+        origin = shareable(slot, trace)
+        if origin is None or origin.file is not file:
             continue
-        name, start = found
-        theirs = shared.get(name)
-        if theirs is None or theirs.shape != file.tensors[name].shape:
-            raise InvalidCheckpoint(f"host's copy of {local.path} lacks {name!r} as the file has it; unload and load it again")
+        theirs = shared.get(origin.name)
+        if theirs is None or theirs.shape != file.tensors[origin.name].shape:
+            raise InvalidCheckpoint(f"host's copy of {local.path} lacks {origin.name!r}; unload it and load it again")
         if theirs.dtype == slot.dtype:
-            places.append(Place(slot.owner, slot.name, name, start, tensor.shape))
+            places.append(Place(slot.owner, slot.name, origin.name, origin.start, slot.tensor.shape))
     result = SharedFile(attachment, session, places, wait_s)
     result.bind()
     return result
@@ -154,8 +167,7 @@ def make_private(trace: Trace, shared: Iterable[SharedFile]) -> list[Slot]:
     with torch.inference_mode(False):
         for slot in private:
             tensor = slot.tensor.detach()
-            in_file = any(file.locate(tensor) is not None for file in trace.files)
-            if not in_file and tensor.dtype == slot.dtype and tensor.is_contiguous():
+            if trace.locate(tensor) is None and tensor.dtype == slot.dtype and tensor.is_contiguous():
                 continue
             own = tensor.to(slot.dtype, copy=True).contiguous()
             if slot.is_buffer:

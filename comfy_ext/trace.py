@@ -61,6 +61,18 @@ class FileTensors:
         return name, start // whole.element_size()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor came from: ``start`` in elements of the file tensor ``name``."""
+
+    file: FileTensors
+    name: str
+    start: int
+
+    def stretch(self, shape: torch.Size) -> torch.Tensor:
+        return self.file.tensors[self.name].view(-1)[self.start : self.start + shape.numel()].view(shape)
+
+
 @dataclass
 class Slot:
     """One parameter or buffer that a state dict was loaded into; ``dtype`` is what stock would leave there."""
@@ -69,6 +81,7 @@ class Slot:
     name: str
     dtype: torch.dtype
     is_buffer: bool
+    origin: Origin | None = None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -104,15 +117,38 @@ class Trace:
                 raise UntraceableError(f"{os.path.basename(path)} is a quantised checkpoint ({name}), not supported yet")
         self.files.append(FileTensors(identity, tensors))
 
-    def saw_load(self, module: torch.nn.Module, keys: Mapping[str, Any]) -> None:
-        """``module`` is about to be loaded from a state dict with ``keys``."""
+    def locate(self, tensor: torch.Tensor) -> Origin | None:
+        """Where in the files seen so far ``tensor`` lies, or None. Only dense tensors count."""
+        for file in self.files:
+            found = file.locate(tensor) if tensor.is_contiguous() else None
+            if found is not None:
+                return Origin(file, *found)
+        return None
+
+    def before_load(self, module: torch.nn.Module, keys: Mapping[str, Any]) -> list[Slot]:
+        """``module`` is about to be loaded from a state dict with ``keys``: note the dtypes it was built with."""
+        slots = []
         for path, owner in module.named_modules():
             prefix = f"{path}." if path else ""
             for table, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
                 for name, tensor in table.items():
                     if tensor is not None and prefix + name in keys:
                         # a second load of the same module finds the first one's dtype: what it was built with counts
-                        self._slots.setdefault((id(owner), name), Slot(owner, name, tensor.dtype, is_buffer))
+                        slot = Slot(owner, name, tensor.dtype, is_buffer)
+                        slots.append(self._slots.setdefault((id(owner), name), slot))
+        return slots
+
+    def after_load(self, slots: list[Slot]) -> None:
+        """The load is done: note what each slot was given."""
+        for slot in slots:
+            slot.origin = self.locate(slot.tensor)
+
+    def settle(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
+        """``module`` as a whole ends up in ``dtype``, whatever its layers were built with (ComfyUI's VAE)."""
+        modules = {id(owner) for owner in module.modules()}
+        for slot in self._slots.values():
+            if id(slot.owner) in modules and slot.dtype.is_floating_point:
+                slot.dtype = dtype
 
 
 def active() -> Trace | None:
@@ -137,7 +173,9 @@ def install_load_state_dict() -> None:
         trace = active()
         if trace is None:
             return stock(self, state_dict, strict=strict, assign=assign)
-        trace.saw_load(self, state_dict)
-        return stock(self, state_dict, strict=strict, assign=True)
+        slots = trace.before_load(self, state_dict)
+        result = stock(self, state_dict, strict=strict, assign=True)
+        trace.after_load(slots)
+        return result
 
     torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
