@@ -1,4 +1,4 @@
-"""lunashm for ComfyUI: stock loaders attach to a host's weights by themselves. Knows the client library, never the host.
+"""lunashm for ComfyUI: stock loaders attach to a host by themselves. Knows the client library, never the host.
 
 Reads: trace.py sees what a stock loader does with a file, binding.py puts the host's bytes in its place, patcher.py
 keeps ComfyUI from moving or writing them, attach.py hooks the loaders.

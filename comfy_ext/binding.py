@@ -32,17 +32,27 @@ live: weakref.WeakSet[SharedFile] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter and the stretch of a shared tensor it shows: ``start`` in elements, row-major."""
+    """A parameter and the stretch of a shared tensor it shows: ``start`` in elements, row-major.
 
-    owner: torch.nn.Module
+    The owner is held weakly: UNet, CLIP and VAE of one checkpoint share a file, and none may keep another alive.
+    """
+
+    owner: weakref.ref[torch.nn.Module]
     name: str
     tensor: str
     start: int
     shape: torch.Size
 
     def bind(self, shared: dict[str, torch.Tensor]) -> None:
-        view = shared[self.tensor].view(-1)[self.start : self.start + self.shape.numel()].view(self.shape)
-        self.owner._parameters[self.name] = torch.nn.Parameter(view, requires_grad=False)
+        owner = self.owner()
+        if owner is not None:
+            view = shared[self.tensor].view(-1)[self.start : self.start + self.shape.numel()].view(self.shape)
+            owner._parameters[self.name] = torch.nn.Parameter(view, requires_grad=False)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Identifies the parameter while its owner lives."""
+        return id(self.owner()), self.name
 
 
 class SharedFile:
@@ -66,6 +76,12 @@ class SharedFile:
     @property
     def places(self) -> list[Place]:
         return self._places
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places, each counted once."""
+        shared = self.attachment.state_dict()
+        return sum(place.shape.numel() * shared[place.tensor].element_size() for place in self._places)
 
     def stale(self) -> bool:
         """Whether the host that lent these bytes is gone and another is there. Cheap enough for every prompt."""
@@ -151,7 +167,7 @@ def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Sessi
         if theirs is None or theirs.shape != file.tensors[origin.name].shape:
             raise InvalidCheckpoint(f"host's copy of {local.path} lacks {origin.name!r}; unload it and load it again")
         if theirs.dtype == slot.dtype:
-            places.append(Place(slot.owner, slot.name, origin.name, origin.start, slot.tensor.shape))
+            places.append(Place(weakref.ref(slot.owner), slot.name, origin.name, origin.start, slot.tensor.shape))
     result = SharedFile(attachment, session, places, wait_s)
     result.bind()
     return result
@@ -162,8 +178,8 @@ def make_private(trace: Trace, shared: Iterable[SharedFile]) -> list[Slot]:
 
     Returns those slots, for the report (I7).
     """
-    placed = {(id(place.owner), place.name) for file in shared for place in file.places}
-    private = [slot for slot in trace.slots if (id(slot.owner), slot.name) not in placed]
+    placed = {place.key for file in shared for place in file.places}
+    private = [slot for slot in trace.slots if slot.key not in placed]
     with torch.inference_mode(False):
         for slot in private:
             tensor = slot.tensor.detach()

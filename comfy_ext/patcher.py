@@ -17,6 +17,7 @@ import comfy.utils
 import torch
 
 from .binding import Binding
+from .trace import UntraceableError
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -26,6 +27,12 @@ _HOST_ATTRIBUTE = "lunashm"
 def binding_of(model: torch.nn.Module) -> Binding | None:
     """The binding of a root module, or None where nothing is shared (a deep copy, say)."""
     return getattr(model, _HOST_ATTRIBUTE, None)
+
+
+def check_adoptable(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Raises UntraceableError for a patcher that is not ComfyUI's plain one: its own ways with weights are unknown."""
+    if type(patcher) not in (comfy.model_patcher.ModelPatcher, SharedModelPatcher):
+        raise UntraceableError(f"{type(patcher).__name__} manages its weights itself and cannot share them")
 
 
 def adopt(patcher: comfy.model_patcher.ModelPatcher, binding: Binding) -> None:
@@ -105,7 +112,9 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         # ComfyUI 0.28: partially_unload() returns bytes freed; shared weights free none, so it goes on to detach().
         return 0
 
-    def patch_weight_to_device(self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any) -> Any:
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any
+    ) -> Any:
         return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
 
     def pin_weight_to_device(self, key: str) -> None:
@@ -125,7 +134,12 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
 
     def patch_hook_weight_to_device(
-        self, hooks: Any, combined_patches: dict[str, Any], key: str, original_weights: dict[str, Any], memory_counter: Any
+        self,
+        hooks: Any,
+        combined_patches: dict[str, Any],
+        key: str,
+        original_weights: dict[str, Any],
+        memory_counter: Any,
     ) -> None:
         if key not in combined_patches:
             return

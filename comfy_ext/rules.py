@@ -16,9 +16,7 @@ def rules_for(stored: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[Dty
     return tuple(sorted(_cover("", sorted(stored), stored, wanted)))
 
 
-def _cover(
-    prefix: str, names: list[str], stored: Mapping[str, str], wanted: Mapping[str, str]
-) -> Iterable[DtypeRule]:
+def _cover(prefix: str, names: list[str], stored: Mapping[str, str], wanted: Mapping[str, str]) -> Iterable[DtypeRule]:
     convertible = [name for name in names if stored[name] in CONVERTIBLE]
     dtypes = {wanted.get(name) for name in convertible}
     if not dtypes or dtypes == {None}:

@@ -84,6 +84,10 @@ class Slot:
     origin: Origin | None = None
 
     @property
+    def key(self) -> tuple[int, str]:
+        return id(self.owner), self.name
+
+    @property
     def tensor(self) -> torch.Tensor:
         table = self.owner._buffers if self.is_buffer else self.owner._parameters
         tensor = table[self.name]
@@ -114,7 +118,7 @@ class Trace:
         """A state dict was read. Raises UntraceableError for quantised checkpoints."""
         for name in tensors:
             if name.endswith((".comfy_quant", ".scaled_fp8", "scaled_fp8", ".scale_weight", ".weight_scale")):
-                raise UntraceableError(f"{os.path.basename(path)} is a quantised checkpoint ({name}), not supported yet")
+                raise UntraceableError(f"{path} is a quantised checkpoint ({name}), which cannot be shared yet")
         self.files.append(FileTensors(identity, tensors))
 
     def locate(self, tensor: torch.Tensor) -> Origin | None:
@@ -135,7 +139,7 @@ class Trace:
                     if tensor is not None and prefix + name in keys:
                         # a second load of the same module finds the first one's dtype: what it was built with counts
                         slot = Slot(owner, name, tensor.dtype, is_buffer)
-                        slots.append(self._slots.setdefault((id(owner), name), slot))
+                        slots.append(self._slots.setdefault(slot.key, slot))
         return slots
 
     def after_load(self, slots: list[Slot]) -> None:

@@ -1,0 +1,73 @@
+"""I9: what a shared model draws is, byte for byte, what the same model draws in unmodified ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.comfy_server import ComfyServer
+from bench.workflows import Graph, flux_unet, pixels, txt2img_checkpoint, vae_only
+from tests.comfy import graphs
+from tests.comfy.conftest import Host
+
+pytestmark = pytest.mark.comfy
+
+SD15 = "sd15-tiny.safetensors"
+BOTH = [("a.safetensors", 0.8, 0.6), ("b.safetensors", -0.5, 0.9)]
+
+WORKFLOWS = {
+    "sd15": txt2img_checkpoint(SD15),
+    "sd3": txt2img_checkpoint("sd3-tiny.safetensors", sd3=True),
+    "flux": flux_unet("flux-tiny.safetensors", "clip-l.safetensors", "vae-tiny.safetensors"),
+    "flux in fp8": flux_unet(
+        "flux-tiny.safetensors", "clip-l.safetensors", "vae-tiny.safetensors", weight_dtype="fp8_e4m3fn"
+    ),
+    "vae": vae_only("vae-tiny.safetensors"),
+    "two loras": txt2img_checkpoint(SD15, loras=BOTH),
+    "clip skip": graphs.clip_skip(),
+    "hook lora": graphs.hook_lora(),
+    "hook keyframes": graphs.hook_lora(keyframes=True),
+    "model merge": graphs.model_merge(),
+    "sd15 after all that": txt2img_checkpoint(SD15, seed=1, steps=3),
+}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_image_is_byte_identical_to_stocks(name: str, stock: ComfyServer, shared: ComfyServer) -> None:
+    workflow = WORKFLOWS[name]
+    ours = shared.render(workflow)
+    assert pixels(ours).std() > 1, "a flat image would prove nothing"
+    assert ours == stock.render(workflow)
+
+
+def test_loras_and_merges_change_the_picture(shared: ComfyServer) -> None:
+    plain = pixels(shared.render(WORKFLOWS["sd15"]))
+    for name in ("two loras", "hook lora", "model merge", "clip skip"):
+        assert (pixels(shared.render(WORKFLOWS[name])) != plain).any(), f"{name} had no effect"
+
+
+def test_every_parameter_is_shared_and_the_log_says_so(shared: ComfyServer, host: Host) -> None:
+    shared.render(WORKFLOWS["sd15"])
+    line = next(line for line in shared.log_text().splitlines() if f"attached {SD15}" in line)
+    count, private = int(line.split(": ")[1].split()[0]), line.rsplit(", ", 1)[1]
+    assert count >= 490 and private == "0.0 MB private", line
+    assert SD15 in {lease["model"] for client in host.clients() for lease in client["leases"]}
+
+
+def test_the_shared_bytes_are_untouched_by_all_of_it(shared: ComfyServer, host: Host) -> None:
+    from lunashm.client import attach
+    from lunashm.paths import Endpoint
+
+    endpoint = Endpoint.parse(f"ipc://{host.runtime}/cpu.sock").url
+    model = next(model for model in host.models() if model["name"] == SD15)
+    dtypes = {prefix: dtype for prefix, dtype in model["rules"]}
+    with attach(model["path"], dtypes=dtypes, endpoint=endpoint) as attachment:
+        before = attachment.checksum()
+        for name in ("two loras", "hook keyframes", "model merge"):
+            shared.render(graphs_again(name))
+        assert attachment.checksum() == before
+
+
+def graphs_again(name: str) -> Graph:
+    from bench.workflows import again
+
+    return again(WORKFLOWS[name], nonce=7)
