@@ -149,7 +149,17 @@ def _attach(traced: trace.Trace, session: Session, wait_s: float, holders: list[
     for holder in holders:
         if isinstance(holder, comfy.sd.VAE) and holder.first_stage_model is not None:
             traced.settle(holder.first_stage_model, holder.vae_dtype)
-    files = [_attach_file(traced, file, session, wait_s) for file in traced.files]
+    files = []
+    for file in traced.files:
+        rules = binding.needed_rules(file, traced)
+        if rules is None:
+            log.info(
+                "[lunashm] no weights of %s are used as they are stored; nothing of it is shared", file.identity.path
+            )
+            continue
+        with hostlink.awaiting(file.identity.path):
+            attachment = Attachment.open(session, file.identity.path, rules, wait_s)
+        files.append(binding.bind(traced, file, attachment, session, wait_s))
     private = binding.make_private(traced, files)
     for patcher in patchers.values():
         modules = {id(module) for module in patcher.model.modules()}
@@ -157,13 +167,6 @@ def _attach(traced: trace.Trace, session: Session, wait_s: float, holders: list[
         if own:
             adopt(patcher, binding.Binding(own, _private_nbytes(patcher.model, own)))
     _report(files, private)
-
-
-def _attach_file(traced: trace.Trace, file: trace.FileTensors, session: Session, wait_s: float) -> binding.SharedFile:
-    rules = binding.needed_rules(file, traced)
-    with hostlink.awaiting(file.identity.path):
-        attachment = Attachment.open(session, file.identity.path, rules, wait_s)
-    return binding.bind(traced, file, attachment, session, wait_s)
 
 
 def _report(files: list[binding.SharedFile], private: list[trace.Slot]) -> None:

@@ -124,13 +124,18 @@ class Binding:
                 file.refresh()
 
 
-def needed_rules(file: FileTensors, trace: Trace) -> tuple[DtypeRule, ...]:
-    """The dtype rules to ask the host for, so that each parameter gets what stock would have made."""
+def needed_rules(file: FileTensors, trace: Trace) -> tuple[DtypeRule, ...] | None:
+    """The dtype rules to ask the host for, so that each parameter gets what stock would have made.
+
+    None where no parameter shows the file: there is nothing to share.
+    """
     wanted: dict[str, str] = {}
     for slot in trace.slots:
         origin = shareable(slot, trace)
         if origin is not None and origin.file is file:
             wanted.setdefault(origin.name, NAMES[slot.dtype])
+    if not wanted:
+        return None
     return rules_for({name: NAMES[tensor.dtype] for name, tensor in file.tensors.items()}, wanted)
 
 

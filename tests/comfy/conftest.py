@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bench import checkpoints, loras
 from bench.comfy_server import ComfyServer
@@ -97,6 +99,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arch, name in made.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         checkpoints.make(arch, folder / name, comfy=comfy)
+    # enough of a CLIP-G for a loader to take it for one: stock leaves the missing rest uninitialised
+    g_layer = {"text_model.encoder.layers.30.mlp.fc1.weight": torch.randn(5120, 1280, dtype=torch.float16)}
+    save_file(g_layer, folder / "text_encoders" / "clip-g.safetensors")
     (folder / "loras").mkdir()
     for seed, name in enumerate(("a", "b")):
         base = folder / made["sd15-tiny"]

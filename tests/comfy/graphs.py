@@ -46,3 +46,11 @@ def clip_skip() -> Graph:
     for prompt in ("positive", "negative"):
         graph[prompt]["inputs"]["clip"] = ["skip", 0]
     return graph
+
+
+def dual_clip(first: str, second: str) -> Graph:
+    """SDXL's two text encoders, loaded and nothing else."""
+    return {
+        "clip": _node("DualCLIPLoader", clip_name1=first, clip_name2=second, type="sdxl"),
+        "end": _node("PreviewAny", source=["clip", 0]),
+    }

@@ -39,6 +39,13 @@ def test_image_is_byte_identical_to_stocks(name: str, stock: ComfyServer, shared
     assert ours == stock.render(workflow)
 
 
+def test_both_files_of_a_dual_loader_are_attached(shared: ComfyServer) -> None:
+    shared.run(graphs.dual_clip("clip-l.safetensors", "clip-g.safetensors"))
+    log = shared.log_text()
+    assert "attached clip-l.safetensors: 197 tensors" in log
+    assert "attached clip-g.safetensors: 1 tensors" in log
+
+
 def test_loras_and_merges_change_the_picture(shared: ComfyServer) -> None:
     plain = pixels(shared.render(WORKFLOWS["sd15"]))
     for name in ("two loras", "hook lora", "model merge", "clip skip"):
