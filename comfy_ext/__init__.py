@@ -15,7 +15,7 @@ _log = logging.getLogger("lunashm.comfy")
 
 def _start() -> None:
     try:
-        import lunashm
+        import lunashm  # noqa: PLC0415 - may be missing
     except ImportError:
         _log.warning(
             "[lunashm] the lunashm package is not installed in this Python, so models are loaded locally; "
@@ -29,7 +29,7 @@ def _start() -> None:
             __version__, lunashm.__version__,
         )  # fmt: skip
         return
-    from . import attach
+    from . import attach  # noqa: PLC0415 - needs lunashm
 
     attach.install()
 

@@ -43,7 +43,7 @@ def session() -> Session:
 def _label() -> str:
     """``ComfyUI :8188``."""
     try:
-        from comfy.cli_args import args
+        from comfy.cli_args import args  # noqa: PLC0415 - parses the command line when imported
 
         return f"ComfyUI :{args.port}"
     except (ImportError, AttributeError):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bench.comfy_server import ComfyServer
-from bench.workflows import Graph, flux_unet, pixels, txt2img_checkpoint, vae_only
+from bench.workflows import again, flux_unet, pixels, txt2img_checkpoint, vae_only
+from lunashm.client import attach
+from lunashm.paths import Endpoint
 from tests.comfy import graphs
 from tests.comfy.conftest import Host
 
@@ -61,20 +63,11 @@ def test_every_parameter_is_shared_and_the_log_says_so(shared: ComfyServer, host
 
 
 def test_the_shared_bytes_are_untouched_by_all_of_it(shared: ComfyServer, host: Host) -> None:
-    from lunashm.client import attach
-    from lunashm.paths import Endpoint
-
     endpoint = Endpoint.parse(f"ipc://{host.runtime}/cpu.sock").url
     model = next(model for model in host.models() if model["name"] == SD15)
     dtypes = {prefix: dtype for prefix, dtype in model["rules"]}
     with attach(model["path"], dtypes=dtypes, endpoint=endpoint) as attachment:
         before = attachment.checksum()
         for name in ("two loras", "hook keyframes", "model merge"):
-            shared.render(graphs_again(name))
+            shared.render(again(WORKFLOWS[name], nonce=7))
         assert attachment.checksum() == before
-
-
-def graphs_again(name: str) -> Graph:
-    from bench.workflows import again
-
-    return again(WORKFLOWS[name], nonce=7)
