@@ -7,6 +7,7 @@ the loader's own mapping of the file.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lunashm.client import Attachment, Session
-from lunashm.errors import InvalidCheckpoint, LunashmError, SourceChanged
+from lunashm.errors import ForkedProcess, InvalidCheckpoint, LunashmError, ModelNotReady, SourceChanged
 from lunashm.manifest import DtypeRule
 from lunashm.views import NAMES
 
@@ -26,15 +27,12 @@ log = logging.getLogger("lunashm.comfy")
 
 _RETRY_S = 1.0
 
-live: weakref.WeakSet[SharedFile] = weakref.WeakSet()
-"""Every shared file some model of this process still shows."""
-
 
 @dataclass(frozen=True)
 class Place:
     """A parameter and the stretch of a shared tensor it shows: ``start`` in elements, row-major.
 
-    The owner is held weakly: UNet, CLIP and VAE of one checkpoint share a file, and none may keep another alive.
+    The owner is held weakly: a place is kept by the model it belongs to.
     """
 
     owner: weakref.ref[torch.nn.Module]
@@ -56,53 +54,73 @@ class Place:
 
 
 class SharedFile:
-    """One attached file and every place that shows it. Several models (UNet, CLIP, VAE) may share one."""
+    """One file as one model shows it: an attachment of its own, so that a model can be renewed by itself."""
 
-    def __init__(self, attachment: Attachment, session: Session, places: list[Place], wait_s: float) -> None:
+    def __init__(self, attachment: Attachment, session: Session, places: list[Place]) -> None:
         self.attachment = attachment
+        self.places = places
         self._session = session
-        self._places = places
-        self._wait_s = wait_s
         self._next_try = 0.0
         self._told = ""
-        live.add(self)
-
-    def bind(self) -> None:
-        with torch.inference_mode(False):
-            shared = self.attachment.state_dict()
-            for place in self._places:
-                place.bind(shared)
-
-    @property
-    def places(self) -> list[Place]:
-        return self._places
+        with _live_lock:
+            _live.add(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all places, each counted once."""
         shared = self.attachment.state_dict()
-        return sum(place.shape.numel() * shared[place.tensor].element_size() for place in self._places)
+        return sum(place.shape.numel() * shared[place.tensor].element_size() for place in self.places)
+
+    def bind(self) -> None:
+        with torch.inference_mode(False):
+            shared = self.attachment.state_dict()
+            for place in self.places:
+                place.bind(shared)
 
     def stale(self) -> bool:
         """Whether the host that lent these bytes is gone and another is there. Cheap enough for every prompt."""
-        if self.attachment.attached or time.monotonic() < self._next_try:
-            return False
-        self._next_try = time.monotonic() + _RETRY_S
-        return self._session.host is not None or self._session.host_is_back()
+        try:
+            if self.attachment.attached or time.monotonic() < self._next_try:
+                return False
+            self._next_try = time.monotonic() + _RETRY_S
+            return self._session.host is not None or self._session.host_is_back()
+        except ForkedProcess:
+            return False  # a child keeps drawing with what it inherited
 
-    def refresh(self) -> None:
-        """Attach to the host that is there now and let go of the old mapping. On failure the old one stays in use."""
+    def renewed(self) -> Attachment | None:
+        """The same bytes from the host that is there now; None, said once, where that cannot be (yet).
+
+        Never waits for the host to load: what is mapped is valid, and the next prompt asks again.
+        """
         old = self.attachment
         try:
-            self.attachment = old.reattached(self._wait_s)
+            return old.reattached(0.0)
+        except ModelNotReady:
+            reason = "the host is loading it; asking again at the next prompt"
         except LunashmError as exc:
-            if exc.message != self._told:
-                self._told = exc.message
-                log.warning("[lunashm] %s stays on the old copy: %s", old.manifest.name, exc)
-            return
+            reason = exc.message
+        if reason != self._told:
+            self._told = reason
+            log.warning("[lunashm] %s stays on the old copy for now: %s", old.manifest.name, reason)
+        return None
+
+    def switch(self, fresh: Attachment) -> None:
+        """Point every place at ``fresh`` and let go of the old mapping. The model must not be patched."""
+        old, self.attachment = self.attachment, fresh
         self.bind()
         old.close()
-        log.info("[lunashm] re-attached %s to host pid %d", old.manifest.name, self._session.host.pid)  # type: ignore[union-attr]
+        log.info("[lunashm] re-attached %s (generation %d)", fresh.manifest.name, fresh.manifest.generation)
+
+
+_live: weakref.WeakSet[SharedFile] = weakref.WeakSet()
+_live_lock = threading.Lock()
+
+
+def shows_generation(generation: int) -> bool:
+    """Whether some model of this process holds a lease of that generation of the present host."""
+    with _live_lock:
+        files = list(_live)
+    return any(f.attachment.attached and f.attachment.manifest.generation == generation for f in files)
 
 
 class Binding:
@@ -115,22 +133,19 @@ class Binding:
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None  # a deep copy of the module has private parameters: nothing is bound there
 
-    def stale(self) -> bool:
-        return any(file.stale() for file in self.files)
-
-    def refresh(self) -> None:
-        for file in self.files:
-            if not file.attachment.attached:
-                file.refresh()
+    def renewals(self) -> list[tuple[SharedFile, Attachment]]:
+        """New attachments for the files whose host is gone, where another host is there."""
+        fresh = [(file, file.renewed()) for file in self.files if file.stale()]
+        return [(file, attachment) for file, attachment in fresh if attachment is not None]
 
 
-def needed_rules(file: FileTensors, trace: Trace) -> tuple[DtypeRule, ...] | None:
+def needed_rules(file: FileTensors, slots: Iterable[Slot], trace: Trace) -> tuple[DtypeRule, ...] | None:
     """The dtype rules to ask the host for, so that each parameter gets what stock would have made.
 
     None where no parameter shows the file: there is nothing to share.
     """
     wanted: dict[str, str] = {}
-    for slot in trace.slots:
+    for slot in slots:
         origin = shareable(slot, trace)
         if origin is not None and origin.file is file:
             wanted.setdefault(origin.name, NAMES[slot.dtype])
@@ -146,16 +161,19 @@ def shareable(slot: Slot, trace: Trace) -> Origin | None:
     the file's in another dtype.
     """
     tensor = slot.tensor
-    if slot.is_buffer or slot.origin is None or not tensor.is_contiguous():
+    if tensor is None or slot.is_buffer or not tensor.is_contiguous() or slot.dtype not in NAMES:
         return None
-    if trace.locate(tensor) is not None:
-        return slot.origin
-    before = slot.origin.stretch(tensor.shape).to(tensor.dtype)
-    return slot.origin if tensor.dtype == slot.dtype and torch.equal(before, tensor) else None
+    origin = trace.locate(tensor)
+    if origin is None and slot.origin is not None and tensor.dtype == slot.dtype:
+        before = slot.origin.stretch(tensor.shape).to(tensor.dtype)
+        origin = slot.origin if torch.equal(before, tensor) else None
+    return origin if origin is not None and origin.file.untouched(origin.name) else None
 
 
-def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Session, wait_s: float) -> SharedFile:
-    """Point every parameter that came from ``file`` at the host's bytes.
+def bind(
+    file: FileTensors, slots: Iterable[Slot], trace: Trace, attachment: Attachment, session: Session
+) -> SharedFile:
+    """Point those of ``slots`` that came from ``file`` at the host's bytes.
 
     Raises SourceChanged if host and loader read different files, InvalidCheckpoint if a tensor is missing or differs.
     """
@@ -164,35 +182,44 @@ def bind(trace: Trace, file: FileTensors, attachment: Attachment, session: Sessi
         raise SourceChanged(f"{local.path} changed while it was being attached; queue the prompt again")
     shared = attachment.state_dict()
     places = []
-    for slot in trace.slots:
-        origin = shareable(slot, trace)
-        if origin is None or origin.file is not file:
+    for slot in slots:
+        origin, tensor = shareable(slot, trace), slot.tensor
+        if origin is None or origin.file is not file or tensor is None:
             continue
         theirs = shared.get(origin.name)
         if theirs is None or theirs.shape != file.tensors[origin.name].shape:
             raise InvalidCheckpoint(f"host's copy of {local.path} lacks {origin.name!r}; unload it and load it again")
         if theirs.dtype == slot.dtype:
-            places.append(Place(weakref.ref(slot.owner), slot.name, origin.name, origin.start, slot.tensor.shape))
-    result = SharedFile(attachment, session, places, wait_s)
+            places.append(Place(weakref.ref(slot.owner), slot.name, origin.name, origin.start, tensor.shape))
+    result = SharedFile(attachment, session, places)
     result.bind()
     return result
 
 
-def make_private(trace: Trace, shared: Iterable[SharedFile]) -> list[Slot]:
-    """Give every slot that is not shared what stock would have left there: an own, dense tensor in stock's dtype.
-
-    Returns those slots, for the report (I7).
-    """
+def make_private(trace: Trace, shared: Iterable[SharedFile]) -> None:
+    """Give every slot that is not shared what stock would have left there: an own, dense tensor in stock's dtype."""
     placed = {place.key for file in shared for place in file.places}
-    private = [slot for slot in trace.slots if slot.key not in placed]
     with torch.inference_mode(False):
-        for slot in private:
-            tensor = slot.tensor.detach()
+        for slot in trace.slots:
+            tensor = slot.tensor
+            if tensor is None or slot.key in placed:
+                continue
             if trace.locate(tensor) is None and tensor.dtype == slot.dtype and tensor.is_contiguous():
                 continue
-            own = tensor.to(slot.dtype, copy=True).contiguous()
+            own = tensor.detach().to(slot.dtype, copy=True).contiguous()
             if slot.is_buffer:
                 slot.owner._buffers[slot.name] = own
             else:
                 slot.owner._parameters[slot.name] = torch.nn.Parameter(own, requires_grad=False)
-    return private
+
+
+def private_tensors(model: torch.nn.Module, files: Iterable[SharedFile]) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of every parameter and buffer of ``model`` that belongs to this process alone (I7)."""
+    placed = {place.key for file in files for place in file.places}
+    return [
+        (f"{path}.{name}", tensor)
+        for path, module in model.named_modules()
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None and (id(module), name) not in placed
+    ]

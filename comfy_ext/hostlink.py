@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.model_management
 
@@ -34,20 +35,27 @@ def session() -> Session:
     device = comfy.model_management.get_torch_device()
     if device.type != "cpu":
         raise HostUnavailable(f"this ComfyUI runs on {device}, and this version of lunashm shares CPU memory only")
+    if _flag("force_channels_last"):
+        raise HostUnavailable("--force-channels-last rearranges weights in memory, which shared ones cannot be")
     found = session_for(endpoint(), kind="comfyui", label=_label())
     found.connect()
     _listen_once(found)
     return found
 
 
-def _label() -> str:
-    """``ComfyUI :8188``."""
+def _flag(name: str) -> Any:
+    """A command line argument of this ComfyUI; None where this version has no such."""
     try:
         from comfy.cli_args import args  # noqa: PLC0415 - parses the command line when imported
+    except ImportError:
+        return None
+    return getattr(args, name, None)
 
-        return f"ComfyUI :{args.port}"
-    except (ImportError, AttributeError):
-        return "ComfyUI"
+
+def _label() -> str:
+    """``ComfyUI :8188``."""
+    port = _flag("port")
+    return f"ComfyUI :{port}" if port else "ComfyUI"
 
 
 _listening: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -89,7 +97,7 @@ def _tell_progress(event: LoadProgress) -> None:
 
 def _let_go(event: UnloadRequested) -> None:
     """``lunashm unload --force``: have ComfyUI drop its models as its own /free route does, between prompts."""
-    if not any(file.attachment.manifest.generation == event.generation for file in list(binding.live)):
+    if not binding.shows_generation(event.generation):
         return
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     queue = getattr(getattr(server, "instance", None), "prompt_queue", None)

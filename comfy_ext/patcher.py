@@ -35,6 +35,24 @@ def check_adoptable(patcher: comfy.model_patcher.ModelPatcher) -> None:
         raise UntraceableError(f"{type(patcher).__name__} manages its weights itself and cannot share them")
 
 
+def protect_weights() -> None:
+    """Keep patchers that are not ours from writing into shared weights: a pack may wrap a shared model in its own.
+
+    ``comfy.utils.copy_to_param`` is the one function of ComfyUI 0.28 that writes weights in place; on a module with a
+    binding the parameter is replaced instead.
+    """
+    stock = comfy.utils.copy_to_param
+
+    def copy_to_param(obj: Any, attr: str, value: torch.Tensor) -> None:
+        if binding_of(obj) is None:
+            stock(obj, attr, value)
+            return
+        before = comfy.utils.get_attr(obj, attr)
+        comfy.utils.set_attr_param(obj, attr, value.to(device=before.device, dtype=before.dtype, copy=True))
+
+    comfy.utils.copy_to_param = copy_to_param
+
+
 def adopt(patcher: comfy.model_patcher.ModelPatcher, binding: Binding) -> None:
     """Turn a stock patcher that was just made into a shared one, in place.
 
@@ -67,10 +85,11 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def keep_current(self) -> None:
         """Before a run: if the host died and another is there, take the same bytes from that one."""
         binding = binding_of(self.model)
-        if binding is None or not binding.stale():
-            return
-        self.unpatch_model(None, unpatch_weights=True)
-        binding.refresh()
+        renewals = binding.renewals() if binding is not None else []
+        if renewals:
+            self.unpatch_model(None, unpatch_weights=True)
+        for file, attachment in renewals:
+            file.switch(attachment)
 
     # -- loading: nothing to move, only patches to apply ---------------------------------------------------------------
 

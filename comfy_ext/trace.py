@@ -2,21 +2,30 @@
 
 The stock loader runs unchanged on its own memory-mapped view of the file, so detection and conversion are stock's.
 ``load_state_dict`` assigns instead of copying while a trace is active in the thread: a parameter that ends up inside
-the file's mapping came from it untouched, and its dtype before the assignment is the one stock would have made.
+the file's mapping came from it, and its dtype before the assignment is the one stock would have made.
+
+A tensor that somebody wrote to since it was opened is not the file's any more. Torch counts writes (``_version``),
+though not on inference tensors, so files are opened outside inference mode. Writes through ``.data`` go uncounted.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from lunashm.views import NAMES
+
 _active = threading.local()
+
+_QUANTISED = (".comfy_quant", "scaled_fp8", ".scale_weight", ".weight_scale")
 
 
 class UntraceableError(Exception):
@@ -44,21 +53,43 @@ class FileTensors:
     def __init__(self, identity: FileIdentity, tensors: Mapping[str, torch.Tensor]) -> None:
         self.identity = identity
         self.tensors = dict(tensors)
-        spans = sorted((t.data_ptr(), name) for name, t in self.tensors.items() if t.nbytes and t.is_contiguous())
-        self._starts = [start for start, _ in spans]
-        self._names = [name for _, name in spans]
+        self._versions = {name: _version(tensor) for name, tensor in self.tensors.items()}
+
+    def check(self) -> None:
+        """Raises UntraceableError for quantised checkpoints and for dtypes that cannot be shared."""
+        for name, tensor in self.tensors.items():
+            if name.endswith(_QUANTISED):
+                raise UntraceableError(
+                    f"{self.identity.path} is a quantised checkpoint ({name}), which cannot be shared yet"
+                )
+            if tensor.dtype not in NAMES:
+                raise UntraceableError(f"{self.identity.path}: {name} is {tensor.dtype}, which cannot be shared")
 
     def locate(self, tensor: torch.Tensor) -> tuple[str, int] | None:
         """``(name, first element)`` of the file tensor that ``tensor`` lies in, or None."""
-        index = bisect_right(self._starts, tensor.data_ptr()) - 1
+        spans = self._spans
+        index = bisect_right(spans, (tensor.data_ptr(), "\U0010ffff")) - 1
         if index < 0 or not tensor.nbytes:
             return None
-        name = self._names[index]
+        begin, name = spans[index]
         whole = self.tensors[name]
-        start = tensor.data_ptr() - self._starts[index]
+        start = tensor.data_ptr() - begin
         if start + tensor.nbytes > whole.nbytes or tensor.dtype != whole.dtype:
             return None
         return name, start // whole.element_size()
+
+    def untouched(self, name: str) -> bool:
+        """Whether nobody has written to this tensor since it was opened."""
+        return _version(self.tensors[name]) == self._versions[name]
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, str]]:
+        return sorted((t.data_ptr(), name) for name, t in self.tensors.items() if t.nbytes and t.is_contiguous())
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """-1 for inference tensors: a loader of somebody else's made them, and writes to them are not counted."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -88,12 +119,10 @@ class Slot:
         return id(self.owner), self.name
 
     @property
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> torch.Tensor | None:
+        """What is there now; None where the loader took the parameter away again."""
         table = self.owner._buffers if self.is_buffer else self.owner._parameters
-        tensor = table[self.name]
-        if tensor is None:
-            raise UntraceableError(f"{type(self.owner).__name__}.{self.name} vanished while it was loaded")
-        return tensor
+        return table.get(self.name)
 
 
 @dataclass
@@ -114,12 +143,10 @@ class Trace:
     def slots(self) -> list[Slot]:
         return list(self._slots.values())
 
-    def saw_file(self, path: str, identity: FileIdentity, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A state dict was read. Raises UntraceableError for quantised checkpoints."""
-        for name in tensors:
-            if name.endswith((".comfy_quant", ".scaled_fp8", "scaled_fp8", ".scale_weight", ".weight_scale")):
-                raise UntraceableError(f"{path} is a quantised checkpoint ({name}), which cannot be shared yet")
-        self.files.append(FileTensors(identity, tensors))
+    def saw_file(self, file: FileTensors) -> None:
+        """The loader works with this file. Raises UntraceableError."""
+        file.check()
+        self.files.append(file)
 
     def locate(self, tensor: torch.Tensor) -> Origin | None:
         """Where in the files seen so far ``tensor`` lies, or None. Only dense tensors count."""
@@ -129,23 +156,25 @@ class Trace:
                 return Origin(file, *found)
         return None
 
-    def before_load(self, module: torch.nn.Module, keys: Mapping[str, Any]) -> list[Slot]:
-        """``module`` is about to be loaded from a state dict with ``keys``: note the dtypes it was built with."""
-        slots = []
-        for path, owner in module.named_modules():
-            prefix = f"{path}." if path else ""
-            for table, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
-                for name, tensor in table.items():
-                    if tensor is not None and prefix + name in keys:
-                        # a second load of the same module finds the first one's dtype: what it was built with counts
-                        slot = Slot(owner, name, tensor.dtype, is_buffer)
-                        slots.append(self._slots.setdefault(slot.key, slot))
-        return slots
+    def before_load(self, module: torch.nn.Module) -> list[tuple[Slot, torch.Tensor]]:
+        """``module`` is about to be loaded: every tensor in it, with the dtype it was built with."""
+        return [
+            (Slot(owner, name, tensor.dtype, is_buffer), tensor)
+            for owner in module.modules()
+            for table, is_buffer in ((owner._parameters, False), (owner._buffers, True))
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
 
-    def after_load(self, slots: list[Slot]) -> None:
-        """The load is done: note what each slot was given."""
-        for slot in slots:
-            slot.origin = self.locate(slot.tensor)
+    def after_load(self, candidates: list[tuple[Slot, torch.Tensor]]) -> None:
+        """The load is done: what was replaced was loaded, under whatever name the state dict had it."""
+        for candidate, before in candidates:
+            now = candidate.tensor
+            if now is None or now is before:
+                continue
+            # a second load of the same module finds the first one's dtype: what it was built with counts
+            slot = self._slots.setdefault(candidate.key, candidate)
+            slot.origin = self.locate(now)
 
     def settle(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
         """``module`` as a whole ends up in ``dtype``, whatever its layers were built with (ComfyUI's VAE)."""
@@ -161,10 +190,18 @@ def active() -> Trace | None:
 
 
 class TaggedStateDict(dict[str, torch.Tensor]):
-    """A state dict that remembers its file, for VAE(), which is given a dict and no path."""
+    """A state dict that remembers its file, for VAE(), which is given a dict and no path. Copies are plain dicts."""
 
-    identity: FileIdentity | None = None
-    source: str = ""
+    original: FileTensors | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, torch.Tensor]]]:
+        return dict, (dict(self),)
+
+    def __copy__(self) -> dict[str, torch.Tensor]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, torch.Tensor]:
+        return copy.deepcopy(dict(self), memo)
 
 
 def install_load_state_dict() -> None:
@@ -177,9 +214,9 @@ def install_load_state_dict() -> None:
         trace = active()
         if trace is None:
             return stock(self, state_dict, strict=strict, assign=assign)
-        slots = trace.before_load(self, state_dict)
+        candidates = trace.before_load(self)
         result = stock(self, state_dict, strict=strict, assign=True)
-        trace.after_load(slots)
+        trace.after_load(candidates)
         return result
 
     torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]

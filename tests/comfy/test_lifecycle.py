@@ -39,14 +39,30 @@ def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
 def test_killed_host_is_survived_and_the_next_one_is_used(
     server: ComfyServer, own_host: Host, stock: ComfyServer
 ) -> None:
-    workflows = [txt2img_checkpoint(SD15, seed=seed, loras=[("a.safetensors", 0.5, 0.5)]) for seed in (1, 2, 3)]
-    assert server.render(workflows[0]) == stock.render(workflows[0])
+    lora = [("a.safetensors", 0.5, 0.5)]
+    first, second = (txt2img_checkpoint(SD15, seed=seed, loras=lora) for seed in (1, 2))
+    other_text = txt2img_checkpoint(SD15, positive="a harbour at night", loras=lora)
+    assert server.render(first) == stock.render(first)
+    model = own_host.models()[0]
     own_host.kill()
-    assert server.render(workflows[1]) == stock.render(workflows[1]), "mapped weights outlive the host"
+    assert server.render(second) == stock.render(second), "mapped weights outlive the host"
     own_host.start()
-    assert server.render(workflows[2]) == stock.render(workflows[2])
-    assert f"re-attached {SD15}" in server.log_text()
+    own_host.ask("load", model["path"], *(f"--dtype={prefix}={dtype}" for prefix, dtype in model["rules"]))
+    # the text encoder runs first and is renewed first, while the UNet is still patched with the LoRA
+    assert server.render(other_text) == stock.render(other_text)
+    assert server.log_text().count(f"re-attached {SD15}") == 3, "UNet, text encoder and VAE"
     assert [(model["name"], model["clients"]) for model in own_host.models()] == [(SD15, 1)]
+
+
+def test_a_prompt_does_not_wait_for_a_new_host_that_is_still_loading(server: ComfyServer, own_host: Host) -> None:
+    server.render(txt2img_checkpoint(SD15))
+    own_host.kill()
+    own_host.start()
+    server.render(txt2img_checkpoint(SD15, seed=2))
+    assert f"{SD15} stays on the old copy for now" in server.log_text()
+    until(lambda: [model["state"] for model in own_host.models()] == ["ready"])
+    server.render(txt2img_checkpoint(SD15, seed=3))
+    assert f"re-attached {SD15}" in server.log_text()
 
 
 def test_killed_comfyui_leaves_no_lease(server: ComfyServer, own_host: Host) -> None:

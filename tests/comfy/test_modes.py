@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bench.comfy_server import ComfyServer, PromptFailed
 from bench.workflows import txt2img_checkpoint
@@ -59,6 +61,20 @@ def test_force_daemon_without_a_host_fails_and_names_the_endpoint(configured: Co
         configured.server.render(txt2img_checkpoint(SD15, seed=3))
     assert f"ipc://{runtime}/cpu.sock" in failed.value.exception_message
     assert "lunashm serve" in failed.value.exception_message
+
+
+def test_a_pickle_is_not_shared_and_force_daemon_says_so(configured: Configured, models: Path) -> None:
+    pickle = models / "checkpoints" / "pickle.ckpt"
+    torch.save({"state_dict": load_file(models / "checkpoints" / SD15)}, pickle)
+    try:
+        configured.mode("force_daemon")
+        with pytest.raises(PromptFailed, match=r"pickle\.ckpt is no safetensors file"):
+            configured.server.render(txt2img_checkpoint("pickle.ckpt"))
+        configured.mode("auto")
+        configured.server.render(txt2img_checkpoint("pickle.ckpt"))
+        assert "pickle.ckpt is loaded locally: " in configured.server.log_text()
+    finally:
+        pickle.unlink()
 
 
 def test_force_local_never_asks(configured: Configured, runtime: Path, models: Path) -> None:
