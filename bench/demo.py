@@ -26,6 +26,7 @@ from bench import demo_comfy, demo_report
 from bench.demo_model import PRESETS, DemoError, Preset, by_name, choose
 from bench.demo_processes import CLIENT_S, Child, clients, host, run
 from bench.demo_report import Comparison, Memory
+from bench.memory_watch import settled
 from bench.process_memory import tree_memory
 from lunashm.memory import ram
 from lunashm.memory.posix import PosixRung
@@ -36,10 +37,12 @@ SMALL_SHM = 1 << 30
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--clients", type=int, default=4, choices=range(1, 17), metavar="N")
-    parser.add_argument("--steps", type=int, default=6, help="denoising steps of each client")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of each client")
     parser.add_argument("--preset", choices=[p.name for p in PRESETS], help="model size (default: what fits)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where picture and JSON go")
-    parser.add_argument("--full", action="store_true", help="a whole SD1.5 in ComfyUI, where 16 GB of RAM are free")
+    parser.add_argument(
+        "--full", action="store_true", help="a whole SD1.5 in ComfyUI, where about 14 GB of RAM are free"
+    )
     parser.add_argument("--no-comfy", action="store_true", help="leave ComfyUI out")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -61,20 +64,48 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
     with contextlib.ExitStack() as stack:
         folder = _folder(stack)
         preset = _preset(args, folder, console)
-        comparisons = [_diffusers(preset, folder, args.clients, args.steps, console)]
-        demo_report.print_table(comparisons[0], console)
         comfy = None if args.no_comfy else demo_comfy.checkout()
+        comparisons = [_diffusers(preset, folder, args.clients, args.steps, console)]
+        _show(comparisons, comfy, args.out, console)
         if comfy is not None:
-            comparisons.append(demo_comfy.compare(comfy, folder, args.full, console))
-            demo_report.print_table(comparisons[1], console)
+            more = _comfy(comfy, folder, args.full, console)
+            comparisons += more
+            if more:
+                _show(comparisons, comfy, args.out, console)
         elif not args.no_comfy:
-            console.print("No ComfyUI checkout found ($LUNASHM_COMFYUI or ~/ComfyUI): its part is left out.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    demo_report.draw(comparisons, args.out / "memory.png")
-    demo_report.write(comparisons, args.out / "demo.json", comfy)
-    console.print(f"\nWrote {args.out / 'memory.png'} and {args.out / 'demo.json'}.", highlight=False)
+            _say(console, "No ComfyUI checkout found ($LUNASHM_COMFYUI or ~/ComfyUI): its part is left out.")
     if any(comparison.identical != comparison.outputs for comparison in comparisons):
         raise DemoError("outputs differ between shared and private weights; that must never be")
+
+
+def _show(comparisons: Sequence[Comparison], comfy: Path | None, out: Path, console: Console) -> None:
+    """The newest comparison as a table, all of them in the files."""
+    demo_report.print_table(comparisons[-1], console)
+    out.mkdir(parents=True, exist_ok=True)
+    demo_report.draw(comparisons, out / "memory.png")
+    demo_report.write(comparisons, out / "demo.json", comfy)
+    _say(console, f"\nWrote {out / 'memory.png'} and {out / 'demo.json'}.")
+
+
+def _comfy(comfy: Path, folder: Path, full: bool, console: Console) -> list[Comparison]:
+    """At most one: nothing where it does not fit."""
+    _say(console, f"\nThe same with real ComfyUI servers from {comfy}:")
+    for wanted in demo_comfy.plans(full):
+        obstacle = wanted.obstacle()
+        if obstacle:
+            _say(console, f"{wanted.arch} is left out: {obstacle}.")
+            continue
+        with console.status(f"ComfyUI servers render {wanted.arch}, stock and shared"):
+            found = demo_comfy.compare(comfy, folder, wanted)
+        _tell(found, "images of 2 steps", "byte-identical", console)
+        if not full:
+            _say(console, "The checkpoint is small beside ComfyUI itself; --full renders with a whole SD1.5, 4.3 GB.")
+        return [found]
+    return []
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_packages() -> None:
@@ -96,15 +127,12 @@ def _preset(args: argparse.Namespace, folder: Path, console: Console) -> Preset:
     rung = PosixRung()
     free_shm, free_ram, free_disk = rung.free_nbytes(), ram.available(), shutil.disk_usage(folder).free
     preset = by_name(args.preset) if args.preset else choose(free_shm, free_ram, free_disk, args.clients)
-    console.print(
-        f"Free: {free_ram / 1e9:.1f} GB of RAM, {free_shm / 1e9:.2f} GB for shared memory. "
-        f"Model: {preset.name}, {preset.nbytes / 1e6:,.0f} MB of weights.", highlight=False,
-    )  # fmt: skip
+    _say(console, f"Free: {free_ram / 1e9:.1f} GB of RAM, {free_shm / 1e9:.2f} GB for shared memory.")
+    _say(console, f"Model: {preset.name}, {preset.nbytes / 1e6:,.0f} MB of random weights in float32.")
     if rung.total_nbytes() < SMALL_SHM and preset is not PRESETS[0]:
-        console.print(
-            f"/dev/shm has only {rung.total_nbytes() / 1e6:.0f} MB, as containers do by default, so the model is small. "
-            "For real models: docker run --shm-size 16g", highlight=False,
-        )  # fmt: skip
+        size = f"{rung.total_nbytes() / 1e6:.0f} MB"
+        _say(console, f"/dev/shm has only {size}, a container's default, so the model is small and saves little.")
+        _say(console, "For real models give the container more: docker run --shm-size 16g")
     return preset
 
 
@@ -123,47 +151,48 @@ def _diffusers(preset: Preset, folder: Path, number: int, steps: int, console: C
         with clients(ways, folder, "sharing") as children:
             with console.status(f"{number} clients denoise on one copy of the weights"):
                 shared = _wait(children)
-            shared_memory = [*_measure(children), _memory("host", server.pid)]
-            console.print("\n[bold]$ lunashm ps[/]")
+            shared_memory = _measure(children, server)
+            _say(console, "\n$ lunashm ps")
             listing = run(["lunashm", "ps", "--endpoint", url], folder, "lunashm ps", timeout_s=60.0)
-            console.print(listing.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            _say(console, listing)
     with clients([["private", *own] for own in flags], folder, "private") as children:
         with console.status(f"{number} clients denoise on a copy each"):
             private = _wait(children)
         private_memory = _measure(children)
 
     pairs = zip(shared, private, strict=True)
-    identical = sum(a["sha256"] == b["sha256"] and bool(a["finite"]) for a, b in pairs)
-    _tell(identical, number, steps, console)
-    return Comparison(
+    found = Comparison(
         title=f"{number} diffusers processes, one {preset.nbytes / 1e6:,.0f} MB model",
         model_nbytes=preset.nbytes,
         private=private_memory,
         shared=shared_memory,
         load_s={"private": [r["load_s"] for r in private], "shared": [r["load_s"] for r in shared]},
-        identical=identical,
+        identical=sum(a["sha256"] == b["sha256"] and bool(a["finite"]) for a, b in pairs),
         outputs=number,
     )
+    _tell(found, f"latents after {steps} steps", "bit-identical", console)
+    return found
 
 
 def _wait(children: Sequence[Child]) -> list[dict[str, float | str]]:
     return [child.line(CLIENT_S) for child in children]
 
 
-def _measure(children: Sequence[Child]) -> list[Memory]:
-    return [_memory(f"client {number}", child.pid) for number, child in enumerate(children, 1)]
+def _measure(children: Sequence[Child], server: Child | None = None) -> list[Memory]:
+    """Each client's and, last, the host's, with such of its shared memory as no client has touched."""
+    found = settled([child.pid for child in children], server.pid if server else None)
+    sizes = enumerate(zip(found.servers, found.private, strict=True), 1)
+    memories = [Memory(f"client {number}", pss, uss) for number, (pss, uss) in sizes]
+    if server is not None:
+        memories.append(Memory("host", found.host + found.unmapped, tree_memory(server.pid)["private"]))
+    return memories
 
 
-def _memory(name: str, pid: int) -> Memory:
-    fields = tree_memory(pid)
-    return Memory(name, fields["pss"], fields["private"])
-
-
-def _tell(identical: int, number: int, steps: int, console: Console) -> None:
-    if identical == number:
-        console.print(f"Outputs of all {number} seeds after {steps} steps: bit-identical with shared and private weights.")
+def _tell(found: Comparison, outputs: str, word: str, console: Console) -> None:
+    if found.identical == found.outputs:
+        _say(console, f"All {found.outputs} {outputs}: {word} with shared and with private weights.")
     else:
-        console.print(f"[bold red]Outputs of {number - identical} of {number} seeds differ.[/]")
+        _say(console, f"{found.outputs - found.identical} OF {found.outputs} {outputs.upper()} DIFFER")
 
 
 if __name__ == "__main__":

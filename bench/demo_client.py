@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from bench.demo_model import config_of
 from lunashm.client import attach
+from lunashm.errors import LunashmError
 
 GUIDANCE = 5.0
 TOKENS = 77
@@ -85,16 +86,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--endpoint", default="")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)  # sums are split by thread: equal outputs need an equal number
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
-        if args.way == "shared":
-            unet = shared_unet(stack, args.model, args.endpoint, f"seed {args.seed}")
-        else:
-            unet = private_unet(args.model)
+        try:
+            shared = args.way == "shared"
+            label = f"seed {args.seed}"
+            unet = shared_unet(stack, args.model, args.endpoint, label) if shared else private_unet(args.model)
+        except LunashmError as exc:
+            sys.exit(exc.message)
         check_whole(unet)
         loaded = time.monotonic()
         latents = denoise(unet, args.seed, args.steps)

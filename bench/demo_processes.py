@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.demo_model import DemoError
+from lunashm.memory.posix import PosixRung
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_START_S = 60.0
@@ -71,13 +72,18 @@ class Child:
         tail = self.log.read_text(errors="replace")[-3000:].strip()
         return DemoError(f"the {self.name} {what}\n{tail}" if tail else f"the {self.name} {what}")
 
-    def end(self, number: signal.Signals | None = None) -> None:
-        """Close its stdin, signal it if asked to, and wait; SIGKILL when it does not listen."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def release(self, number: signal.Signals | None = None) -> None:
+        """Tell it to end, by closing its stdin or by a signal, and do not wait."""
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         if number is not None and self.process.poll() is None:
             self.process.send_signal(number)
+
+    def end(self, number: signal.Signals | None = None) -> None:
+        """Tell it to end and wait; SIGKILL when it does not listen."""
+        assert self.process.stdout is not None
+        self.release(number)
         try:
             self.process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -113,8 +119,6 @@ def host(folder: Path, root: Path) -> Iterator[tuple[Child, str]]:
     finally:
         child.end(signal.SIGTERM)
         if child.process.returncode != 0:  # killed: nobody else would give its memory back before the next host
-            from lunashm.memory.posix import PosixRung
-
             PosixRung().reclaim()
 
 
@@ -126,9 +130,12 @@ def clients(ways: Sequence[Sequence[str]], folder: Path, name: str) -> Iterator[
         for number, arguments in enumerate(ways, 1):
             children.append(Child(["bench.demo_client", *arguments], folder, f"{name} client {number}"))
         yield children
+    except BaseException:
+        for child in children:
+            child.release(signal.SIGTERM)
+        raise
     finally:
         for child in children:
-            if sys.exc_info()[0] is not None:
-                child.process.terminate()
+            child.release()
         for child in children:
             child.end()

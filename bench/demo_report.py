@@ -77,20 +77,20 @@ def _percent(comparison: Comparison) -> str:
 
 def draw(comparisons: Sequence[Comparison], out: Path) -> None:
     """Two bars for each comparison: what each process has alone, and on top what they share, once."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib import colormaps  # noqa: PLC0415 - slow, and the processes to be measured come first
+    from matplotlib.figure import Figure as Canvas  # noqa: PLC0415
 
     canvas = Canvas(figsize=(6.5 * len(comparisons), 5.2), layout="constrained")
-    colors = colormaps["Blues"]
+    shades = colormaps["Blues"]
     for axis, comparison in zip(canvas.subplots(1, len(comparisons), squeeze=False)[0], comparisons, strict=True):
         for x, memories in enumerate((comparison.private, comparison.shared)):
             bottom = 0.0
             for index, memory in enumerate(memories):
-                color = "tab:gray" if memory.name == "host" else colors(0.35 + 0.5 * index / max(len(memories) - 1, 1))
+                color = "tab:gray" if memory.name == "host" else shades(0.25 + 0.3 * index / len(memories))
                 axis.bar(x, memory.uss / 1e9, bottom=bottom, width=0.6, color=color, edgecolor="white")
                 if memory.uss > 0.04 * comparison.without:
-                    axis.text(x, bottom + memory.uss / 2e9, f"{memory.name} {memory.uss / 1e9:.2f} GB", ha="center",
-                              va="center", fontsize=8)  # fmt: skip
+                    label = f"{memory.name}  {memory.uss / 1e9:.2f} GB"
+                    axis.text(x, bottom + memory.uss / 2e9, label, ha="center", va="center", fontsize=8)
                 bottom += memory.uss / 1e9
             total = sum(memory.pss for memory in memories) / 1e9
             axis.bar(x, total - bottom, bottom=bottom, width=0.6, color="tab:orange", edgecolor="white",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+SHM = "/dev/shm/"
+
 
 def descendants(pid: int) -> list[int]:
     """The process itself, then all its living descendants."""
@@ -23,6 +25,7 @@ def tree_memory(pid: int) -> dict[str, int]:
     pss      resident pages, each divided by the number of processes that map it
     private  pages that one process alone maps (USS): what its end would give back
     shared   pages that other processes map too, in full
+    shmem    the part of pss that is shared memory and tmpfs
     """
     fields: dict[str, int] = {}
     for member in descendants(pid):
@@ -42,4 +45,16 @@ def tree_memory(pid: int) -> dict[str, int]:
         "pss": fields["Pss:"],
         "private": fields["Private_Clean:"] + fields["Private_Dirty:"],
         "shared": fields["Shared_Clean:"] + fields["Shared_Dirty:"],
+        "shmem": fields.get("Pss_Shmem:", 0),
     }
+
+
+def held_shared_memory(pid: int) -> int:
+    """Bytes of /dev/shm that a process keeps through open descriptors, removed files included, mapped or not."""
+    held: dict[int, int] = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(entry.readlink()).startswith(SHM):
+                found = entry.stat()  # follows to the open file itself, named or not
+                held[found.st_ino] = found.st_blocks * 512
+    return sum(held.values())

@@ -23,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -94,15 +94,21 @@ class Report:
     date: str
     samples: Samples
     figures: Sequence[Figure]
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls, benchmark: str, figures: Sequence[Figure], samples: Samples, comfy: str | Path | None = None
+        cls,
+        benchmark: str,
+        figures: Sequence[Figure],
+        samples: Samples,
+        comfy: str | Path | None = None,
+        notes: Sequence[str] = (),
     ) -> Self:
-        """A report of this machine, this process's command line and this moment."""
+        """A report of this machine, this process's command line and this moment; `notes`: what a reader must know."""
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         command = shlex.join(["python", *sys.orig_argv[1:]])
-        return cls(benchmark, hardware(), versions(comfy), command, date, samples, figures)
+        return cls(benchmark, hardware(), versions(comfy), command, date, samples, figures, notes)
 
     @property
     def met(self) -> bool:
@@ -130,7 +136,7 @@ def _finite(value: object) -> object:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, memory, kernel and GPUs of this machine; sizes in bytes."""
+    """CPU, memory, kernel and GPUs of this machine, and how busy it is; sizes in bytes."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     shm = os.statvfs("/dev/shm")
@@ -141,6 +147,7 @@ def hardware() -> dict[str, Any]:
         "kernel": platform.release(),
         "dev_shm": shm.f_blocks * shm.f_frsize,
         "gpus": _gpus(),
+        "load_1m": os.getloadavg()[0],
     }
 
 
@@ -177,9 +184,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write the report (JSON, PNG) to DIR")
 
 
-def emit(report: Report, as_json: bool = False, save_dir: str | Path | None = None) -> bool:
-    """Print the report, write it to `save_dir` where given; returns whether all targets are met."""
-    text = json.dumps(report.as_dict(), indent=2)
+def emit(
+    report: Report,
+    as_json: bool = False,
+    save_dir: str | Path | None = None,
+    draw: Callable[[Report, Path], None] | None = None,
+) -> bool:
+    """Print the report, write it to `save_dir` where given; returns whether all targets are met.
+
+    `draw` makes the PNG (default: every series of samples); a missing matplotlib is its ImportError.
+    """
+    text = _lists_on_one_line(json.dumps(report.as_dict(), indent=2))
     if as_json:
         print(text)
     else:
@@ -189,8 +204,16 @@ def emit(report: Report, as_json: bool = False, save_dir: str | Path | None = No
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{report.benchmark}-{re.sub('[^0-9T]', '', report.date.partition('+')[0])}"
         (folder / f"{stem}.json").write_text(text + "\n")
-        _plot(report, folder / f"{stem}.png")
+        try:
+            (draw or _plot)(report, folder / f"{stem}.png")
+        except ImportError:
+            print("matplotlib is not installed: no PNG written", file=sys.stderr)
     return report.met
+
+
+def _lists_on_one_line(text: str) -> str:
+    """JSON whose lists of plain values take one line each, so that a person can read the rest."""
+    return re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def _print_table(report: Report) -> None:
@@ -203,21 +226,16 @@ def _print_table(report: Report) -> None:
         if values:
             n, *rest = dataclasses.astuple(spread(values))
             series.add_row(name, str(n), *(f"{value:.4g}" for value in rest))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table, series)
     places = {**report.hardware, **report.versions, "command": report.command}
-    console.print(
-        "\n".join(f"{key}: {value}" for key, value in places.items()), markup=False, highlight=False
-    )
+    lines = [f"{key}: {value}" for key, value in places.items()] + [f"note: {note}" for note in report.notes]
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def _plot(report: Report, out: Path) -> None:
-    """Every series of samples as points with its median, one axis each; nothing without matplotlib."""
-    try:
-        matplotlib = importlib.import_module("matplotlib.figure")
-    except ImportError:
-        print("matplotlib is not installed: no PNG written", file=sys.stderr)
-        return
+    """Every series of samples as points with its median, one axis each."""
+    matplotlib = importlib.import_module("matplotlib.figure")
     drawn = {name: values for name, values in report.samples.items() if values}
     if not drawn:
         return

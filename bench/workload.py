@@ -17,6 +17,7 @@ import platformdirs
 from bench import checkpoints
 from bench.comfy_server import ComfyServer
 from bench.host import HostProcess
+from bench.random_weights import DTYPES
 from bench.workflows import Graph, txt2img_checkpoint
 
 ARCHS = ("sd15", "sd15-tiny", "sd3-tiny")
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser, arch: str, dtype: str, render
     """--checkpoint or --arch and --dtype, --comfy; with `render` also --size and --steps."""
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a .safetensors checkpoint of yours")
     parser.add_argument("--arch", choices=ARCHS, default=arch, help=f"else one is made (default: {arch})")
-    parser.add_argument("--dtype", choices=list(checkpoints.DTYPES), default=dtype)
+    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype)
     parser.add_argument("--comfy", help="ComfyUI checkout (default: $LUNASHM_COMFYUI, else ~/ComfyUI)")
     if render:
         parser.add_argument("--size", type=int, default=64, help="image side in pixels (default: 64)")

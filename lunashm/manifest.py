@@ -6,7 +6,7 @@ state dict. Dtype names are safetensors' own (``F32``, ``BF16``, ``F8_E4M3`` ...
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import msgspec
@@ -28,7 +28,7 @@ CONVERTIBLE = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 """Dtypes a variant may convert from and to. Integers, booleans and scales (F8_E8M0) never change."""
 
 
-class DtypeRule(msgspec.Struct, frozen=True, array_like=True, order=True):
+class DtypeRule(msgspec.Struct, frozen=True, array_like=True, order=True, forbid_unknown_fields=True):
     """Tensors whose name starts with ``prefix`` are wanted as ``dtype``; ``""`` means as stored in the file.
 
     The longest prefix wins. A tensor that no rule speaks of may come in any dtype: the client does not use it.
@@ -38,7 +38,17 @@ class DtypeRule(msgspec.Struct, frozen=True, array_like=True, order=True):
     dtype: str
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+PRIVATE = -1
+"""``TensorSpec.segment`` of a tensor that lies in no segment: a client's own copy, never sent by a host."""
+
+MAX_RANK = 64
+"""Dimensions a tensor may have: torch's own limit."""
+
+MAX_EXTENT = 1 << 62
+"""Bound on every size and offset, and on the bytes a tensor would have without its empty dimensions: strides fit."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One tensor: ``offset`` is in bytes from the start of segment number ``segment``; row-major, no strides.
 
     ``stored`` is its dtype in the file, ``dtype`` the one it is served in.
@@ -53,7 +63,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class Source(msgspec.Struct, frozen=True, array_like=True):
+class Source(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Which file a model came from, as stat saw it. Two equal sources are the same bytes, as far as stat can say."""
 
     path: str
@@ -62,11 +72,13 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
     inode: int
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything a client has to know about one generation of one model.
 
     ``digest`` is BLAKE3 over the whole source file (what ``b3sum`` prints), ``segments`` the byte size of each
     segment, ``rules`` the dtype conversions that were applied, ``metadata`` the file's own ``__metadata__``.
+    ``source`` is the file as the reader of this manifest asked for it: several files may hold the same bytes.
+    A private copy has no digest, generation 0 and no segments.
     """
 
     name: str
@@ -121,20 +133,26 @@ class RuleBook:
             return stored
         return self.wanted(name) or stored
 
-    def satisfied_by(self, manifest: Manifest) -> bool:
-        """Whether a client with these rules can use ``manifest``."""
+    def satisfied_by(self, tensors: Iterable[TensorSpec]) -> bool:
+        """Whether a client with these rules can use these tensors."""
         return all(
-            self.wanted(spec.name) is None or self.resolve(spec.name, spec.stored) == spec.dtype
-            for spec in manifest.tensors
+            self.wanted(spec.name) is None or self.resolve(spec.name, spec.stored) == spec.dtype for spec in tensors
         )
 
 
-def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a dense tensor. Raises UnsupportedFormat for an unknown dtype."""
-    try:
-        return ITEMSIZE[dtype] * prod(shape)
-    except KeyError:
-        raise UnsupportedFormat(f"dtype {dtype!r} is not one lunashm can serve ({', '.join(ITEMSIZE)})") from None
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a dense tensor.
+
+    Raises UnsupportedFormat for an unknown dtype, InvalidCheckpoint for a shape that no tensor can have.
+    """
+    itemsize = ITEMSIZE.get(dtype)
+    if itemsize is None:
+        raise UnsupportedFormat(f"dtype {dtype!r} is not one lunashm can serve ({', '.join(ITEMSIZE)})")
+    if len(shape) > MAX_RANK:
+        raise InvalidCheckpoint(f"a tensor of {len(shape)} dimensions; at most {MAX_RANK} are possible")
+    if any(extent < 0 for extent in shape) or itemsize * prod(extent for extent in shape if extent) > MAX_EXTENT:
+        raise InvalidCheckpoint(f"no tensor can have the shape {list(shape)}")
+    return itemsize * prod(shape)
 
 
 def aligned(offset: int) -> int:
@@ -149,7 +167,7 @@ def validate(manifest: Manifest) -> None:
         if spec.name in seen:
             raise InvalidCheckpoint(f"manifest of {manifest.name!r} names tensor {spec.name!r} twice")
         seen.add(spec.name)
-        if any(extent < 0 for extent in spec.shape) or nbytes_of(spec.dtype, spec.shape) != spec.nbytes:
+        if nbytes_of(spec.dtype, spec.shape) != spec.nbytes:
             raise InvalidCheckpoint(
                 f"manifest of {manifest.name!r}: {spec.name!r} is {spec.dtype} {list(spec.shape)} "
                 f"but claims {spec.nbytes} bytes"

@@ -25,11 +25,16 @@ _SUN_PATH_MAX = 107
 
 def runtime_dir() -> Path:
     """The directory for sockets and locks, mode 0700 and ours. Raises SettingsError where it is someone else's."""
-    directory = Path(os.environ.get("LUNASHM_RUNTIME_DIR") or platformdirs.user_runtime_path("lunashm"))
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = directory.stat()
+    directory = Path(os.environ.get("LUNASHM_RUNTIME_DIR") or platformdirs.user_runtime_path("lunashm")).absolute()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = directory.stat()
+    except OSError as exc:
+        raise SettingsError(
+            f"cannot use {directory} for sockets and locks: {exc.strerror}; set LUNASHM_RUNTIME_DIR to another"
+        ) from exc
     if owner.st_uid != os.getuid():
-        raise SettingsError(f"{directory} belongs to uid {owner.st_uid}; set LUNASHM_RUNTIME_DIR to a directory of yours")
+        raise SettingsError(f"{directory} is uid {owner.st_uid}'s; set LUNASHM_RUNTIME_DIR to a directory of yours")
     if stat.S_IMODE(owner.st_mode) & 0o077:
         directory.chmod(0o700)
     return directory
@@ -76,6 +81,10 @@ class Endpoint:
         return self._stem + ".events.sock"
 
     @property
+    def events_path(self) -> Path:
+        return Path(self.events.removeprefix("ipc://"))
+
+    @property
     def lock_path(self) -> Path:
         return Path(self._stem.removeprefix("ipc://") + ".lock")
 
@@ -89,8 +98,12 @@ class HostLock:
 
     def acquire(self, patience_s: float = 1.0) -> None:
         """Raises AlreadyServing, naming the pid. Patience covers a client that is just probing the lock."""
-        self._endpoint.lock_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(self._endpoint.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self._endpoint.lock_path
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise SettingsError(f"cannot open the lock file {path}: {exc.strerror}; choose another --endpoint") from exc
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -107,9 +120,10 @@ class HostLock:
                     f"{who} already serves {self._endpoint.url}; use it as it is, or stop it first (lunashm stop)"
                 ) from None
         self._fd = fd
+        os.ftruncate(fd, 0)  # what a killed host left there: nobody may take it for us while we start
 
     def publish(self, info: HostInfo) -> None:
-        """Write who we are, for :func:`find_host`."""
+        """Write who we are, for :func:`find_host`: from now on clients come."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, msgspec.json.encode(info), 0)
 

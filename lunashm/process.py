@@ -5,6 +5,19 @@ from __future__ import annotations
 import os
 
 
+def pidfd_of(pid: int, pid_namespace: int) -> int | None:
+    """A descriptor that becomes readable when process ``pid`` ends; None where it is not visible as ``pid`` from here.
+
+    The pid may have been reused: open first, then check that it still names who you mean, then trust the descriptor.
+    """
+    if pid <= 0 or pid_namespace == 0 or pid_namespace != namespace():
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, OverflowError, AttributeError):
+        return None
+
+
 def namespace(pid: int | str = "self") -> int:
     """The inode of a process's PID namespace; 0 where /proc does not say."""
     try:

@@ -7,7 +7,7 @@ msgspec struct. The version lives in the header so that a peer of any version ca
 from __future__ import annotations
 
 import struct
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -22,6 +22,10 @@ MAX_FRAME_BYTES = 64 << 20
 
 _HEADER = struct.Struct("!4sHQ")
 _MAGIC = b"LUNA"
+
+
+Wait = Annotated[float, msgspec.Meta(ge=0.0)]
+"""Seconds to wait; NaN and negative numbers are malformed, infinity is patience."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=lambda name: name, forbid_unknown_fields=True):
@@ -55,7 +59,8 @@ class HostInfo(msgspec.Struct, frozen=True):
 
 
 class ClientInfo(msgspec.Struct, frozen=True):
-    """``pid_namespace`` and ``start_ticks`` let the host see whether ``pid`` means the same process to it."""
+    """``pid_namespace`` (an inode) and ``start_ticks`` (clock ticks since boot) let the host see whether ``pid`` means
+    the same process to it. ``kind`` is the sort of program, ``label`` which one, for people to read."""
 
     pid: int
     pid_namespace: int
@@ -86,7 +91,9 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """``state``: loading, ready or draining. ``saved`` is bytes that private copies would have cost: (clients-1)*nbytes."""
+    """``state``: loading, ready or draining. ``dtypes``: bytes of each. ``nbytes``: of all tensors; ``memory_nbytes``
+    counts padding too. ``saved``: bytes that private copies would have cost, (clients - 1) * nbytes.
+    """
 
     name: str
     path: str
@@ -127,7 +134,7 @@ class Attach(Message, frozen=True):
     client: str
     path: str
     rules: tuple[DtypeRule, ...]
-    wait_s: float
+    wait_s: Wait
 
 
 class Detach(Message, frozen=True):
@@ -138,7 +145,7 @@ class Detach(Message, frozen=True):
 class Load(Message, frozen=True):
     path: str
     rules: tuple[DtypeRule, ...]
-    wait_s: float
+    wait_s: Wait
 
 
 class Unload(Message, frozen=True):
@@ -307,16 +314,30 @@ Event = (
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_request_decoder = msgspec.msgpack.Decoder(Request)
-_reply_decoder = msgspec.msgpack.Decoder(Reply)
-_event_decoder = msgspec.msgpack.Decoder(Event)
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 _T = TypeVar("_T")
 
 
-def pack(message: Message, message_id: int) -> list[bytes]:
-    """The two frames of ``message``. ``message_id``: chosen by the requester and echoed; a sequence number in events."""
-    return [_HEADER.pack(_MAGIC, PROTOCOL_VERSION, message_id), _encoder.encode(message)]
+def pack(message: Message, message_id: int, limit: int = MAX_FRAME_BYTES) -> list[bytes]:
+    """The two frames of ``message``. ``message_id``: chosen by the requester and echoed; a sequence number in events.
+
+    Raises MessageTooLarge over ``limit`` bytes of body, MalformedMessage for text or numbers msgpack cannot hold.
+    """
+    try:
+        body = _encoder.encode(message)
+    except (UnicodeEncodeError, OverflowError) as exc:
+        raise MalformedMessage(f"{type(message).__name__} cannot be sent: {exc}") from exc
+    if len(body) > limit:
+        raise MessageTooLarge(f"a {type(message).__name__} of {len(body)} bytes is over the limit of {limit}")
+    return [_HEADER.pack(_MAGIC, PROTOCOL_VERSION, message_id), body]
+
+
+def pack_request(request: Message, message_id: int) -> list[bytes]:
+    """Like :func:`pack`, with the limit that the host holds requests to."""
+    return pack(request, message_id, MAX_REQUEST_BYTES)
 
 
 def read_header(frame: bytes) -> int:
@@ -340,6 +361,7 @@ def peek_id(frame: bytes) -> int:
 
 
 def read_request(body: bytes) -> Request:
+    """Raises MessageTooLarge or MalformedMessage."""
     if len(body) > MAX_REQUEST_BYTES:
         raise MessageTooLarge(f"a request has at most {MAX_REQUEST_BYTES} bytes, this one has {len(body)}")
     return _decode(_request_decoder, body)

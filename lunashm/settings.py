@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import platformdirs
@@ -19,6 +19,8 @@ from lunashm.errors import SettingsError
 
 Mode = Literal["auto", "force_daemon", "force_local"]
 Fallback = Literal["wait", "local", "fail"]
+Patience = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Ttl = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,24 +35,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     roots: tuple[str, ...] = ()
     mode: Mode = "auto"
     fallback: Fallback = "wait"
-    wait_s: float = 600.0
-    lease_ttl_s: float = 15.0
+    wait_s: Patience = 600.0
+    lease_ttl_s: Ttl = 15.0
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
 _LISTS = {"roots"}
 
 
-def config_path() -> Path | None:
+def config_path(environ: Mapping[str, str] | None = None) -> Path | None:
     """The ``lunashm.toml`` in force, or None."""
-    named = os.environ.get("LUNASHM_CONFIG")
+    named = (os.environ if environ is None else environ).get("LUNASHM_CONFIG")
     if named:
         if not Path(named).is_file():
             raise SettingsError(f"LUNASHM_CONFIG names {named}, which is no file")
         return Path(named)
-    for candidate in (Path.cwd() / "lunashm.toml", platformdirs.user_config_path("lunashm") / "lunashm.toml"):
+    for candidate in (Path("lunashm.toml"), platformdirs.user_config_path("lunashm") / "lunashm.toml"):
         if candidate.is_file():
-            return candidate
+            return candidate.absolute()
     return None
 
 
@@ -58,22 +60,25 @@ def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
     """Merge all sources; a flag of None was not given. Raises SettingsError naming the source that is wrong."""
     environ = os.environ if environ is None else environ
     merged: dict[str, Any] = {}
-    path = config_path()
+    path = config_path(environ)
     if path is not None:
         merged.update(_from_toml(path))
     for field in Settings.__struct_fields__:
         text = environ.get(f"LUNASHM_{field.upper()}")
         if text is not None and text != "":
-            merged[field] = text.split(os.pathsep) if field in _LISTS else text
+            merged[field] = [part for part in text.split(os.pathsep) if part] if field in _LISTS else text
             _convert({field: merged[field]}, f"variable LUNASHM_{field.upper()}")
     merged.update({key: value for key, value in (flags or {}).items() if value is not None})
-    return _convert(merged, "settings")
+    settings = _convert(merged, "settings")
+    if "" in settings.roots:
+        raise SettingsError("an empty root would mean the working directory; name it, or leave it out")
+    return settings
 
 
 def _from_toml(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise SettingsError(f"{path}: {exc}") from exc
     _convert(table, str(path))
     return table

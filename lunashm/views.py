@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import Buffer
 
+from lunashm.errors import UnsupportedFormat
 from lunashm.manifest import Manifest, TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -28,6 +29,23 @@ if hasattr(torch, "float8_e8m0fnu"):
 
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises UnsupportedFormat for a dtype that this torch lacks."""
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise UnsupportedFormat(f"torch {torch.__version__} has no dtype for {name!r}; install a newer torch") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Raises UnsupportedFormat for a dtype that no checkpoint can hold."""
+    try:
+        return NAMES[dtype]
+    except KeyError:
+        raise UnsupportedFormat(f"{dtype} is not a dtype lunashm can serve ({', '.join(NAMES.values())})") from None
+
+
 _quiet_lock = threading.Lock()
 _quiet = False
 
@@ -36,6 +54,7 @@ def state_dict(manifest: Manifest, buffers: Sequence[Buffer]) -> dict[str, torch
     """``{name: read-only tensor}`` for every tensor of ``manifest``; ``buffers[i]`` holds segment i.
 
     Writing to one of these tensors kills the process (SIGSEGV): that is the protection working.
+    Raises UnsupportedFormat for a dtype that this torch lacks.
     """
     _silence_read_only_warning()
     with torch.inference_mode(False):  # inference tensors could not become parameters outside inference mode
@@ -43,7 +62,7 @@ def state_dict(manifest: Manifest, buffers: Sequence[Buffer]) -> dict[str, torch
 
 
 def _view(spec: TensorSpec, buffer: Buffer) -> torch.Tensor:
-    dtype = DTYPES[spec.dtype]
+    dtype = torch_dtype(spec.dtype)
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     count = spec.nbytes // dtype.itemsize
@@ -51,9 +70,9 @@ def _view(spec: TensorSpec, buffer: Buffer) -> torch.Tensor:
 
 
 def convert(data: Buffer, source: str, target: str) -> memoryview:
-    """The bytes of ``data`` (dense ``source`` elements) as ``target`` elements: torch's own cast, as copy_() does it."""
-    converted = torch.frombuffer(data, dtype=DTYPES[source]).to(DTYPES[target])
-    return memoryview(converted.view(torch.uint8).numpy())
+    """The bytes of ``data`` (dense ``source`` elements) as ``target`` elements: torch's own cast, copy_()'s too."""
+    converted = torch.frombuffer(data, dtype=torch_dtype(source)).to(torch_dtype(target))
+    return memoryview(converted.view(torch.uint8).numpy())  # type: ignore[arg-type] # numpy's stubs hide __buffer__
 
 
 def _silence_read_only_warning() -> None:

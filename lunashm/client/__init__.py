@@ -4,9 +4,33 @@
 
     with lunashm.client.attach("/models/sd15.safetensors") as model:
         module.load_state_dict(model.state_dict(), assign=True)
+
+Names are resolved on first use, so that a control tool can import :mod:`lunashm.client.connection` without torch.
 """
 
-from lunashm.client.attachment import Attachment, attach, rules_of
-from lunashm.client.session import Session, session_for
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lunashm.client.attachment import Attachment, attach, rules_of
+    from lunashm.client.session import Session, session_for
 
 __all__ = ["Attachment", "Session", "attach", "rules_of", "session_for"]
+
+_HOMES = {
+    "Attachment": "attachment", "attach": "attachment", "rules_of": "attachment",
+    "Session": "session", "session_for": "session",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module of that name holds
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

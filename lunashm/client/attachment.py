@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from typing_extensions import Buffer
 
 from lunashm import settings as settings_module
 from lunashm.client.session import Session, session_for
-from lunashm.errors import ForkedProcess, LunashmError, ModelNotReady, SettingsError, SourceChanged
-from lunashm.manifest import DtypeRule, Manifest, check_rules, validate
-from lunashm.memory import Mapping
+from lunashm.errors import ForkedProcess, InvalidCheckpoint, LunashmError, ModelNotReady, SettingsError, SourceChanged
+from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
 from lunashm.paths import Endpoint
 from lunashm.settings import Fallback
-from lunashm.views import DTYPES, NAMES, state_dict
+from lunashm.views import dtype_name, state_dict, torch_dtype
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +28,19 @@ Dtypes = torch.dtype | str | dict[str, torch.dtype | str] | None
 class Attachment:
     """What :func:`attach` returns. Thread-safe; refuses to work in a forked child.
 
-    ``shared`` is False for a private copy that ``fallback="local"`` made; ``reason`` then says why.
+    ``shared`` is False for a private copy that ``fallback="local"`` made; ``reason`` then says why, and the manifest
+    describes that copy: no digest, no segments. ``lease`` is the host's number for it, 0 for a private copy.
     """
 
     def __init__(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
         self._manifest = manifest
         self._tensors: dict[str, torch.Tensor] | None = tensors
-        self._mappings: tuple[Mapping, ...] = ()
+        self._buffers: tuple[Buffer, ...] = ()
         self._session: Session | None = None
         self._epoch = 0
+        self._path = manifest.source.path
         self._rules: tuple[DtypeRule, ...] = ()
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
         self.lease = 0
         self.shared = False
         self.reason = ""
@@ -47,14 +48,17 @@ class Attachment:
     @classmethod
     def open(cls, session: Session, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Attachment:
         """Attach through ``session``. Raises what the host answers; I4: all of the model or an error."""
-        reply, mappings, epoch = session.attach(path, rules, wait_s)
-        validate(reply.manifest)
-        if len(mappings) != len(reply.manifest.segments):
-            raise LunashmError(f"host sent {len(mappings)} segments of {len(reply.manifest.segments)} for {path}")
-        attachment = cls(reply.manifest, state_dict(reply.manifest, [mapping.buffer for mapping in mappings]))
-        attachment._mappings = mappings
+        reply, buffers, epoch = session.attach(path, rules, wait_s)
+        manifest = reply.manifest
+        validate(manifest)
+        if tuple(handle.nbytes for handle in reply.handles) != manifest.segments:
+            raise InvalidCheckpoint(f"the host's segments of {path} do not match its manifest; unload it, then load it")
+        _refuse_other_file(path, manifest)
+        attachment = cls(manifest, state_dict(manifest, buffers))
+        attachment._buffers = buffers
         attachment._session = session
         attachment._epoch = epoch
+        attachment._path = path
         attachment._rules = rules
         attachment.lease = reply.lease
         attachment.shared = True
@@ -84,7 +88,11 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether a live host holds a lease for us. False after its death: the views stay valid, nobody counts them."""
+        """Whether a live host holds a lease for us. False after its death: the views stay valid, nobody counts them.
+
+        Raises ForkedProcess in a forked child, as everything here does but :meth:`close`.
+        """
+        self._check_process()
         session = self._session
         return self.shared and session is not None and session.host is not None and session.epoch == self._epoch
 
@@ -93,22 +101,21 @@ class Attachment:
 
         Raises LunashmError after :meth:`close`, ForkedProcess in a forked child.
         """
-        if os.getpid() != self._pid:
-            raise ForkedProcess(
-                f"attachment of {self._manifest.name} belongs to pid {self._pid}, not to its forked child; "
-                "attach in the child, or start it with the spawn method"
-            )
-        if self._tensors is None:
+        self._check_process()
+        tensors = self._tensors
+        if tensors is None:
             raise LunashmError(f"attachment of {self._manifest.name} is closed; attach again")
-        return dict(self._tensors)
+        return dict(tensors)
 
     def checksum(self) -> str:
         """BLAKE3 over the shared bytes as they are now, padding included: equal before and after means untouched."""
-        if not self._mappings:
+        self._check_process()
+        buffers = self._buffers
+        if not buffers:
             raise LunashmError(f"{self._manifest.name} is not mapped from a host; there is nothing shared to sum")
         hasher = blake3()
-        for mapping in self._mappings:
-            hasher.update(mapping.buffer)
+        for buffer in buffers:
+            hasher.update(buffer)
         return hasher.hexdigest()
 
     def reattached(self, wait_s: float) -> Attachment:
@@ -116,19 +123,26 @@ class Attachment:
 
         Raises SourceChanged if the file holds other bytes by now, or what :meth:`open` raises.
         """
+        self._check_process()
         if self._session is None:
             raise LunashmError(f"{self._manifest.name} was loaded locally; attach() it instead")
-        fresh = Attachment.open(self._session, self._manifest.source.path, self._rules, wait_s)
+        fresh = Attachment.open(self._session, self._path, self._rules, wait_s)
         if fresh.manifest.digest != self._manifest.digest:
             fresh.close()
-            raise SourceChanged(f"{self._manifest.source.path} holds other bytes now; the mapped ones stay in use")
+            raise SourceChanged(f"{self._path} holds other bytes now; the mapped ones stay in use")
         return fresh
 
     def close(self) -> None:
         """Let go. The lease ends when the last tensor of this mapping in this process is gone. Idempotent."""
-        with self._mutex:
-            self._tensors = None
-            self._mappings = ()
+        self._tensors = None
+        self._buffers = ()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"attachment of {self._manifest.name} belongs to pid {self._pid}, not to its forked child; "
+                "attach in the child, or start it with the spawn method"
+            )
 
 
 def attach(
@@ -151,51 +165,68 @@ def attach(
     Raises HostUnavailable, HostLost, HostTimeout, LoadTimeout, ModelNotReady, PathNotAllowed, UnsupportedFormat,
     InvalidCheckpoint, OutOfSharedMemory, SettingsError.
     """
-    chosen = settings_module.load(
-        {"fallback": fallback, "wait_s": wait_s, "endpoint": endpoint, "device": device}
-    )  # fmt: skip
+    chosen = settings_module.load({"fallback": fallback, "wait_s": wait_s, "endpoint": endpoint, "device": device})
     rules = rules_of(dtypes)
-    real = os.path.realpath(path)
+    named = os.path.abspath(os.fsdecode(path))
     try:
         address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(chosen.device)
         session = session_for(address, kind=kind, label=label)
-        return Attachment.open(session, real, rules, chosen.wait_s if chosen.fallback == "wait" else 0.0)
+        return Attachment.open(session, named, rules, chosen.wait_s if chosen.fallback == "wait" else 0.0)
     except SettingsError:
         raise
     except LunashmError as exc:
         if chosen.fallback != "local":
             raise
-        log.warning("loading %s locally, not shared: %s", real, exc)
-        return _local(Path(real), rules, exc)
+        log.warning("loading %s locally, not shared: %s", named, exc)
+        return local_copy(named, rules, exc)
 
 
 def rules_of(dtypes: Dtypes) -> tuple[DtypeRule, ...]:
-    """The wire form of :func:`attach`'s ``dtypes``; whatever is not named stays as stored."""
+    """The wire form of :func:`attach`'s ``dtypes``; whatever is not named stays as stored. Raises UnsupportedFormat."""
     table = dtypes if isinstance(dtypes, dict) else {"": dtypes}
-    named = {prefix: NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype or "" for prefix, dtype in table.items()}
+    named = {prefix: dtype_name(d) if isinstance(d, torch.dtype) else d or "" for prefix, d in table.items()}
     return check_rules(DtypeRule(prefix, dtype) for prefix, dtype in {"": "", **named}.items())
 
 
-def _local(path: Path, rules: tuple[DtypeRule, ...], why: LunashmError) -> Attachment:
-    """A private copy. The host's own checks (pickle, damage) are safetensors' here."""
-    from safetensors import safe_open
-
-    from lunashm.manifest import RuleBook, Source
-
-    if path.suffix.lower() not in (".safetensors", ".sft"):
+def local_copy(path: str, rules: tuple[DtypeRule, ...], why: LunashmError) -> Attachment:
+    """A private copy, because of ``why``. Damage is safetensors' to find here. Raises ``why`` where there is no such
+    file to read either, InvalidCheckpoint for a damaged one."""
+    if Path(path).suffix.lower() not in (".safetensors", ".sft"):
         raise why
     book = RuleBook(rules)
+    tensors: dict[str, torch.Tensor] = {}
+    specs = []
     try:
-        with safe_open(str(path), framework="pt") as file:
+        stat = os.stat(path)
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise why from None
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(DTYPES[book.resolve(name, NAMES[tensor.dtype])])
-    stat = path.stat()
-    source = Source(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    manifest = Manifest(path.name, "", 0, source, rules, (), (), metadata)
-    attachment = Attachment(manifest, tensors)
-    attachment.reason = f"{'still loading in the host' if isinstance(why, ModelNotReady) else why.message}"
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                stored = file.get_tensor(name)
+                served = torch_dtype(book.resolve(name, dtype_name(stored.dtype)))
+                tensor = tensors[name] = stored.to(served, copy=True)
+                names = dtype_name(stored.dtype), dtype_name(served)
+                specs.append(TensorSpec(name, *names, tuple(tensor.shape), PRIVATE, 0, tensor.nbytes))
+    except OSError as exc:
+        raise why from exc
+    except SafetensorError as exc:
+        raise InvalidCheckpoint(f"{path} cannot be loaded locally either: {exc}") from exc
+    source = Source(os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    attachment = Attachment(Manifest(Path(path).name, "", 0, source, rules, tuple(specs), (), metadata), tensors)
+    attachment.reason = "still loading in the host" if isinstance(why, ModelNotReady) else why.message
     return attachment
+
+
+def _refuse_other_file(path: str, manifest: Manifest) -> None:
+    """A host in a container may see another file under the same name. One that we cannot see is taken on trust.
+
+    Raises SourceChanged.
+    """
+    try:
+        size = os.stat(path).st_size
+    except (OSError, ValueError):
+        return
+    if size != manifest.source.size:
+        raise SourceChanged(
+            f"the host's {manifest.source.path} has {manifest.source.size} bytes, the one seen here {size}: another "
+            "file, or it is being written; attach again when it is complete"
+        )

@@ -2,6 +2,10 @@
 
 Leases follow memory: a lease is released when the last view of its mapping in this process is gone, so no caller can
 hold tensors of a model that the host believes free (I2).
+
+LOCKING: views die anywhere, at any allocation, in any thread, so what runs then (``_release``) takes no lock of this
+class; the state it reads is one attribute, replaced whole. ``_connecting`` is held while a host is waited for, so
+neither the connection's thread nor a property may take it.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+
+from typing_extensions import Buffer
 
 from lunashm import __version__, protocol
 from lunashm.client.connection import REPLY_S, Connection
-from lunashm.errors import ForkedProcess, HostUnavailable, LunashmError, NotRegistered
+from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered
 from lunashm.manifest import DtypeRule
-from lunashm.memory import Mapping, open_handle
+from lunashm.memory import open_handle
 from lunashm.paths import Endpoint, find_host
 from lunashm.process import namespace, start_ticks
 from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Reply
@@ -28,6 +35,29 @@ from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Repl
 log = logging.getLogger(__name__)
 
 Listener = Callable[[Event], None]
+
+
+@dataclass
+class _Registration:
+    """Being known to one host. ``valid`` until that host says it does not know us."""
+
+    connection: Connection
+    client: str
+    host: HostInfo
+    renew_every_s: float
+    epoch: int
+    next_renewal: float
+    valid: bool = True
+
+    @property
+    def live(self) -> bool:
+        return self.valid and self.connection.alive
+
+
+class _Hold:
+    """Stands for one lease: the mappings it covers keep this alive, and nothing else does."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Session:
@@ -38,152 +68,172 @@ class Session:
 
     def __init__(self, endpoint: Endpoint, *, kind: str, label: str) -> None:
         self.endpoint = endpoint
-        self.epoch = 0
         self._kind = kind
         self._label = label
         self._pid = os.getpid()
-        self._mutex = threading.RLock()
-        self._connection: Connection | None = None
-        self._registered: Registered | None = None
-        self._next_renewal = 0.0
-        self._mappings: weakref.WeakValueDictionary[tuple[str, bytes], Mapping] = weakref.WeakValueDictionary()
-        self._leases: dict[int, set[int]] = {}
+        self._connecting = threading.Lock()
+        self._current: _Registration | None = None
+        self._epoch = 0
+        self._mapping = threading.Lock()
+        self._buffers: weakref.WeakValueDictionary[tuple[str, bytes], Buffer] = weakref.WeakValueDictionary()
         self._listeners: list[Listener] = []
         atexit.register(self.close)
 
     @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
     def host(self) -> HostInfo | None:
-        """The host we are registered with, or None."""
-        with self._mutex:
-            connected = self._connection is not None and self._connection.alive
-            return self._registered.host if connected and self._registered else None
+        """The host we are registered with, or None. Never blocks."""
+        current = self._registration()
+        return current.host if current is not None else None
 
     @property
     def client_id(self) -> str:
-        with self._mutex:
-            return self._registered.client if self._registered else ""
+        """What the host calls us; empty while we are registered with none."""
+        current = self._registration()
+        return current.client if current is not None else ""
 
     def host_is_back(self) -> bool:
-        """Whether some host serves the endpoint that we are not registered with. Costs two system calls."""
-        with self._mutex:
-            current = self.host
-            found = find_host(self.endpoint)
-            return found is not None and (current is None or found.host_id != current.host_id)
+        """Whether some host serves the endpoint that we are not registered with. Costs a few system calls."""
+        current = self.host
+        found = find_host(self.endpoint)
+        return found is not None and (current is None or found.host_id != current.host_id)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` with every event, in the connection's thread. Returns how to stop it."""
+        self._check_process()
         self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+
+        def stop() -> None:
+            with contextlib.suppress(ValueError):
+                self._listeners.remove(listener)
+
+        return stop
 
     # -- requests --------------------------------------------------------------------------------------------------
 
+    def connect(self) -> HostInfo:
+        """Register with the host if we are not yet. Raises HostUnavailable, HostLost or HostTimeout."""
+        return self._registered().host
+
     def request(self, message: protocol.Message, timeout_s: float = REPLY_S) -> Reply:
         """Connect if need be, send, wait. Raises HostUnavailable, HostLost, HostTimeout or what the host answers."""
-        connection, _ = self._connected()
-        return connection.request(message, timeout_s)
+        return self._registered().connection.request(message, timeout_s)
 
     def attach(
         self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
-    ) -> tuple[Attached, tuple[Mapping, ...], int]:
-        """One lease and its mappings, and the epoch it belongs to. Raises what the host answers, or SegmentGone."""
-        for attempt in (1, 2):
-            connection, registered = self._connected()
-            try:
-                request = protocol.Attach(registered.client, path, rules, wait_s)
-                reply = connection.request(request, wait_s + REPLY_S)
-                break
-            except NotRegistered:
-                self._forget(connection)  # the host dropped us (a long suspend, say): register anew, once
-                if attempt == 2:
-                    raise
+    ) -> tuple[Attached, tuple[Buffer, ...], int]:
+        """One lease, the mapped segments it covers, and the epoch it belongs to.
+
+        Raises what the host answers, or SegmentGone. The lease ends when all the buffers are gone.
+        """
+        registration = self._registered()
+        try:
+            reply = self._ask(registration, path, rules, wait_s)
+        except (NotRegistered, HostLost) as exc:  # it dropped us (a long suspend, say), or was replaced: again, once
+            registration.valid = False
+            if isinstance(exc, HostLost) and not self.host_is_back():
+                raise
+            registration = self._registered()
+            reply = self._ask(registration, path, rules, wait_s)
+        hold = _Hold()
+        weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
+        try:
+            buffers = tuple(self._map(handle) for handle in reply.handles)
+        except BaseException:
+            del hold  # now, not when the last traceback goes
+            raise
+        for buffer in buffers:
+            weakref.finalize(buffer, _let_go, hold).atexit = False
+        return reply, buffers, registration.epoch
+
+    def _ask(
+        self, registration: _Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
+    ) -> Attached:
+        def too_late(reply: Reply) -> None:
+            if isinstance(reply, Attached):
+                self._release(registration, reply.lease)
+
+        request = protocol.Attach(registration.client, path, rules, wait_s)
+        reply = registration.connection.request(request, wait_s + REPLY_S, on_late=too_late)
         if not isinstance(reply, Attached):
             raise LunashmError(f"the host answered Attach with {type(reply).__name__}")
-        try:
-            mappings = tuple(self._map(handle, registered) for handle in reply.handles)
-        except BaseException:
-            self._release_later(registered.client, {reply.lease})
-            raise
-        self._tie(reply.lease, mappings, registered)
-        return reply, mappings, self.epoch
+        return reply
 
-    def _map(self, handle: Handle, registered: Registered) -> Mapping:
+    def _map(self, handle: Handle) -> Buffer:
+        """The one mapping this process has of that segment."""
         key = (handle.rung, handle.data)
-        with self._mutex:
-            mapping = self._mappings.get(key)
-            if mapping is None:
-                mapping = self._mappings[key] = open_handle(handle)
-                self._leases[id(mapping.buffer)] = set()
-                weakref.finalize(mapping.buffer, self._unmapped, id(mapping.buffer), registered.client).atexit = False
-            return mapping
+        with self._mapping:
+            buffer = self._buffers.get(key)
+            if buffer is None:
+                buffer = self._buffers[key] = open_handle(handle).buffer
+            return buffer
 
-    def _tie(self, lease: int, mappings: tuple[Mapping, ...], registered: Registered) -> None:
-        """The lease lives as long as the first segment's mapping: a model's segments are always mapped together."""
-        with self._mutex:
-            self._leases[id(mappings[0].buffer)].add(lease)
-
-    def _unmapped(self, key: int, client: str) -> None:
-        """The last view of a segment died; runs in whatever thread dropped it, so it only leaves a note."""
-        leases = self._leases.pop(key, set())
-        self._release_later(client, leases)
-
-    def _release_later(self, client: str, leases: set[int]) -> None:
-        connection = self._connection
-        if os.getpid() != self._pid or connection is None or client != self.client_id:
-            return  # another process's lease, or one that ended with its host
-        for lease in leases:
+    def _release(self, registration: _Registration, lease: int) -> None:
+        """The last view of a model died, or its attach was given up. Leaves a note for the connection's thread."""
+        if os.getpid() != self._pid:
+            return  # another process's lease
+        connection, current = registration.connection, self._current
+        if not connection.alive and current is not None and current.host.host_id == registration.host.host_id:
+            connection = current.connection  # the wire broke, but it is still that host that holds our lease
+        if registration.valid and connection.alive:
             with contextlib.suppress(LunashmError):
-                connection.submit(protocol.Detach(client, lease))
+                connection.submit(protocol.Detach(registration.client, lease))
 
     # -- staying registered ----------------------------------------------------------------------------------------
 
-    def _connected(self) -> tuple[Connection, Registered]:
-        if os.getpid() != self._pid:
-            raise ForkedProcess(
-                f"this session belongs to pid {self._pid}; its forked child {os.getpid()} must attach itself, "
-                "or be started with the spawn method"
-            )
-        with self._mutex:
-            if self._connection is not None and self._connection.alive and self._registered is not None:
-                return self._connection, self._registered
+    def _registration(self) -> _Registration | None:
+        self._check_process()
+        current = self._current
+        return current if current is not None and current.live else None
+
+    def _registered(self) -> _Registration:
+        self._check_process()
+        with self._connecting:
+            current = self._registration()
+            if current is None:
+                current = self._current = self._register()
+            return current
+
+    def _register(self) -> _Registration:
+        """Over the wire we have, if it still works; else over a new one."""
+        before = self._current
+        if before is not None and before.connection.alive:
+            connection = before.connection
+        else:
             connection = Connection(
                 self.endpoint, on_event=self._on_event, on_lost=self._on_lost, on_idle=self._on_idle
             )  # fmt: skip
-            try:
-                reply = connection.request(protocol.Register(self._info()))
-            except BaseException:
-                connection.close()
-                raise
+        info = protocol.ClientInfo(self._pid, namespace(), start_ticks(), self._kind, self._label, __version__)
+        try:
+            reply = connection.request(protocol.Register(info))
             if not isinstance(reply, Registered):
-                connection.close()
                 raise LunashmError(f"the host answered Register with {type(reply).__name__}")
-            self._connection, self._registered = connection, reply
-            self._next_renewal = time.monotonic() + reply.renew_every_s
-            self.epoch += 1
-            log.info("registered with host pid %d (%s, %s)", reply.host.pid, reply.host.device, reply.host.rung)
-            return connection, reply
-
-    def _info(self) -> protocol.ClientInfo:
-        return protocol.ClientInfo(self._pid, namespace(), start_ticks(), self._kind, self._label, __version__)
-
-    def _forget(self, connection: Connection) -> None:
-        with self._mutex:
-            if self._connection is connection:
-                self._connection = self._registered = None
-        connection.close()
+            if reply.host.host_id != connection.host.host_id:
+                raise HostUnavailable(f"the host at {self.endpoint.url} was replaced while we registered; attach again")
+        except BaseException:
+            connection.close()
+            raise
+        self._epoch += 1
+        log.info("registered with host pid %d (%s, %s)", reply.host.pid, reply.host.device, reply.host.rung)
+        renewal = time.monotonic() + reply.renew_every_s
+        return _Registration(connection, reply.client, reply.host, reply.renew_every_s, self._epoch, renewal)
 
     def _on_idle(self) -> None:
-        connection, registered = self._connection, self._registered
-        if connection is None or registered is None or time.monotonic() < self._next_renewal:
+        current = self._current
+        if current is None or not current.live or time.monotonic() < current.next_renewal:
             return
-        self._next_renewal = time.monotonic() + registered.renew_every_s
-        connection.submit(protocol.Renew(registered.client)).add_done_callback(self._renewed)
+        current.next_renewal = time.monotonic() + current.renew_every_s
 
-    def _renewed(self, future: Future[Reply]) -> None:
-        reply = None if future.exception() else future.result()
-        if isinstance(reply, protocol.ErrorReply) and reply.code == NotRegistered.code:
-            log.warning("the host dropped this client: %s", reply.message)
-            with self._mutex:
-                self._registered = None
+        def renewed(future: Future[Reply]) -> None:
+            reply = None if future.exception() else future.result()
+            if isinstance(reply, protocol.ErrorReply) and reply.code == NotRegistered.code:
+                log.warning("the host dropped this client: %s", reply.message)
+                current.valid = False
+
+        current.connection.submit(protocol.Renew(current.client)).add_done_callback(renewed)
 
     def _on_event(self, event: Event) -> None:
         for listener in list(self._listeners):
@@ -194,18 +244,25 @@ class Session:
 
     def _on_lost(self) -> None:
         log.warning("host of %s is gone; mapped weights stay usable", self.endpoint.url)
-        with self._mutex:
-            self._connection = self._registered = None
 
     def close(self) -> None:
-        """Leave the host. Views stay valid; the host takes their leases as ended."""
+        """Leave the host. Views stay valid; the host takes their leases as ended. A later use connects again."""
         if os.getpid() != self._pid:
             return
-        with self._mutex:
-            connection, registered = self._connection, self._registered
-            self._connection = self._registered = None
-        if connection is not None:
-            connection.close(protocol.Unregister(registered.client) if registered else None)
+        current, self._current = self._current, None
+        if current is not None:
+            current.connection.close(protocol.Unregister(current.client) if current.valid else None)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this session belongs to pid {self._pid}; its forked child {os.getpid()} must attach itself, "
+                "or be started with the spawn method"
+            )
+
+
+def _let_go(hold: _Hold) -> None:
+    """A mapping is gone, and with this call the reference it had to its lease."""
 
 
 _sessions: dict[tuple[int, str], Session] = {}
@@ -229,4 +286,4 @@ def _reset_after_fork() -> None:
 
 os.register_at_fork(after_in_child=_reset_after_fork)
 
-__all__ = ["HostUnavailable", "Session", "session_for"]
+__all__ = ["Session", "session_for"]

@@ -84,6 +84,13 @@ class LeaseTable:
         except KeyError:
             raise LeaseUnknown(f"client {client_id} holds no lease {lease_id}; it was released already") from None
 
+    def revoke(self, lease_id: int) -> Lease | None:
+        """End a lease that its client never heard of; None if it is unknown."""
+        for client in self._clients.values():
+            if lease_id in client.leases:
+                return client.leases.pop(lease_id)
+        return None
+
     def drop(self, client_id: str) -> Client | None:
         """Forget a client and end all its leases; None if it is unknown."""
         return self._clients.pop(client_id, None)

@@ -6,6 +6,7 @@ into the segment, converting where a rule asks for it; the caller's thread diges
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lunashm.errors import InvalidCheckpoint, SourceChanged
-from lunashm.host.checkpoint import Checkpoint
+from lunashm.errors import SourceChanged
+from lunashm.host.checkpoint import Checkpoint, open_read, source_of, unreadable
 from lunashm.manifest import ITEMSIZE, DtypeRule, RuleBook, TensorSpec, aligned, nbytes_of
 from lunashm.memory import Rung, Segment
-from lunashm.views import convert
 
 PIECE_NBYTES = 1 << 20
 _RING = 8
@@ -67,7 +67,7 @@ def plan(checkpoint: Checkpoint, rules: tuple[DtypeRule, ...]) -> Layout:
 def load(checkpoint: Checkpoint, layout: Layout, rung: Rung, progress: Progress) -> LoadedSegment:
     """Read the file once into a new, frozen segment; nothing is left behind on failure.
 
-    Raises OutOfSharedMemory, InvalidCheckpoint, SourceChanged, or what ``progress`` raises.
+    Raises OutOfSharedMemory, ModelNotFound, SourceChanged, or what ``progress`` raises.
     """
     segment = rung.allocate(layout.nbytes)
     try:
@@ -105,12 +105,16 @@ def _stream(checkpoint: Checkpoint, pieces: Iterator[_Piece], segment: Segment |
     full: queue.Queue[tuple[memoryview, int] | BaseException | None] = queue.Queue()
     for _ in range(_RING):
         free.put(memoryview(bytearray(PIECE_NBYTES)))
-    fd = os.open(checkpoint.source.path, os.O_RDONLY | os.O_CLOEXEC)
-    reader = threading.Thread(target=_read, args=(fd, checkpoint, pieces, segment, free, full), name="lunashm-reader")
     hasher = blake3()
     done = 0
-    try:
+    with contextlib.ExitStack() as stack:
+        fd = open_read(checkpoint.source.path)
+        stack.callback(os.close, fd)
+        work = (fd, checkpoint, pieces, segment, free, full)
+        reader = threading.Thread(target=_read, args=work, name="lunashm-reader")
         reader.start()
+        stack.callback(reader.join)
+        stack.callback(free.put, None)  # wakes a reader that still waits for a buffer
         while (item := full.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -119,10 +123,6 @@ def _stream(checkpoint: Checkpoint, pieces: Iterator[_Piece], segment: Segment |
             free.put(buffer)
             done += nbytes
             progress(done, checkpoint.source.size)
-    finally:
-        free.put(None)  # wakes a reader that still waits for a buffer
-        reader.join()
-        os.close(fd)
     return hasher.hexdigest()
 
 
@@ -148,6 +148,8 @@ def _read(
             full.put((buffer, piece.nbytes))
         _refuse_change(fd, checkpoint)
         full.put(None)
+    except OSError as exc:
+        full.put(unreadable(checkpoint.source.path, exc))
     except BaseException as exc:  # noqa: BLE001 - re-raised by _stream in the loading thread
         full.put(exc)
 
@@ -156,18 +158,21 @@ def _fill(fd: int, data: memoryview, start: int, checkpoint: Checkpoint) -> None
     while data:
         count = os.preadv(fd, [data], start)
         if count == 0:
-            raise InvalidCheckpoint(f"{checkpoint.source.path} ended early at byte {start}; it was cut while it was read")
+            raise SourceChanged(f"{checkpoint.source.path} was cut at byte {start} while it was loaded; load it again")
         data, start = data[count:], start + count
 
 
 def _place(segment: Segment, piece: _Piece, spec: TensorSpec, data: memoryview) -> None:
     element = (piece.start - piece.tensor_start) // ITEMSIZE[piece.stored]
     offset = spec.offset + element * ITEMSIZE[spec.dtype]
-    segment.write(offset, data if piece.stored == spec.dtype else convert(data, piece.stored, spec.dtype))
+    if piece.stored != spec.dtype:
+        from lunashm.views import convert  # noqa: PLC0415 - torch is 0.3 GB; a host that converts nothing needs none of it
+
+        data = convert(data, piece.stored, spec.dtype)
+    segment.write(offset, data)
 
 
 def _refuse_change(fd: int, checkpoint: Checkpoint) -> None:
-    stat, source = os.fstat(fd), checkpoint.source
-    if (stat.st_size, stat.st_mtime_ns, stat.st_ino) != (source.size, source.mtime_ns, source.inode):
+    source = checkpoint.source
+    if source_of(source.path, os.fstat(fd)) != source:
         raise SourceChanged(f"{source.path} changed while it was being loaded; load it again when it is complete")
-

@@ -1,4 +1,4 @@
-"""Load jobs: one per file and set of dtypes, whoever asks how often. The work runs in a thread, the book-keeping does not."""
+"""One load: who waits for it, what it does in its worker thread, what it brings back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from lunashm.errors import LoadCancelled
 from lunashm.host import checkpoint, loader
 from lunashm.host.checkpoint import Checkpoint
-from lunashm.manifest import DtypeRule, RuleBook, Source
+from lunashm.manifest import DtypeRule, RuleBook, Source, TensorSpec
 from lunashm.memory import Rung
 from lunashm.protocol import Attach, Load
 
@@ -24,10 +24,15 @@ class Waiter:
     request: Attach | Load
     deadline: float
 
+    @property
+    def client(self) -> str | None:
+        """The registered client that asked; None for a load, which anybody may ask for."""
+        return self.request.client if isinstance(self.request, Attach) else None
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job brought back; ``loaded`` is None when the bytes proved to be ``digest``, which the host already has."""
+    """What a job brought back; ``loaded`` is None when the bytes proved to be ``digest``, known to the host."""
 
     checkpoint: Checkpoint
     layout: loader.Layout
@@ -35,34 +40,46 @@ class Outcome:
     digest: str
     elapsed_s: float
 
+    def discard(self) -> None:
+        if self.loaded is not None:
+            self.loaded.segment.free()
 
-@dataclass
+
+@dataclass(eq=False)
 class Job:
-    """``known``: digests that the host holds for this path; they are looked for before any memory is taken."""
+    """``specs``: what it will serve. ``known``: digests that the host holds and this file may have; they are looked
+    for before any memory is taken. ``started`` on the host's clock."""
 
+    name: str
     source: Source
     rules: tuple[DtypeRule, ...]
+    specs: tuple[TensorSpec, ...]
     known: frozenset[str]
+    started: float
     waiters: list[Waiter] = field(default_factory=list)
     done: int = 0
-    total: int = 0
-    started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def name(self) -> str:
-        return self.source.path.rpartition("/")[2]
+    def would_satisfy(self, source: Source, rules: tuple[DtypeRule, ...]) -> bool:
+        """Whether a client that wants this file in these dtypes can simply wait for this job."""
+        if self.cancelled.is_set() or self.source != source:
+            return False
+        return self.rules == rules or RuleBook(rules).satisfied_by(self.specs)
 
-    def would_satisfy(self, rules: tuple[DtypeRule, ...]) -> bool:
-        """Whether a client that wants ``rules`` can simply wait for this job."""
-        return not self.cancelled.is_set() and all(RuleBook(self.rules).wanted(r.prefix) == r.dtype for r in rules)
+    def is_called(self, name: str) -> bool:
+        return name in (self.name, self.source.path)
+
+    def take_waiters(self) -> list[Waiter]:
+        """All of them, leaving none: each is answered once."""
+        waiters, self.waiters = self.waiters, []
+        return waiters
 
     def run(self, rung: Rung) -> Outcome:
         """In a worker thread. Raises whatever reading, validating or allocating raises."""
         started = time.monotonic()
+        self._progress(0, self.source.size)
         found = checkpoint.read(Path(self.source.path))
         layout = loader.plan(found, self.rules)
-        self.total = found.source.size
         if self.known:
             digest = loader.digest(found, self._progress)
             if digest in self.known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lunashm.process import namespace, start_ticks
+from lunashm.process import pidfd_of, start_ticks
 from lunashm.protocol import ClientInfo
 
 
@@ -13,13 +13,10 @@ def watch(info: ClientInfo) -> int | None:
 
     A pid from another PID namespace, or one that was reused meanwhile, names somebody else here.
     """
-    if info.pid_namespace != namespace():
+    fd = pidfd_of(info.pid, info.pid_namespace)
+    if fd is None:
         return None
-    try:
-        fd = os.pidfd_open(info.pid)
-    except (OSError, AttributeError):
-        return None
-    if start_ticks(info.pid) != info.start_ticks:
+    if info.start_ticks == 0 or start_ticks(info.pid) != info.start_ticks:
         os.close(fd)
         return None
     return fd

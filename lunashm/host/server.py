@@ -8,14 +8,16 @@ import logging
 import os
 import queue
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
 import zmq
 
 from lunashm import protocol
-from lunashm.errors import LunashmError
+from lunashm.errors import LunashmError, ProtocolError, SettingsError
 from lunashm.host import processes
 from lunashm.host.loading import Job, Outcome
 from lunashm.host.service import Service
@@ -26,77 +28,109 @@ log = logging.getLogger(__name__)
 
 _IDLE_MS = 5_000
 _BUSY_MS = 200
+_LEAST_MS = 50
 _LOADERS = 2
+_BATCH = 256
+"""Requests taken before the loop looks at anything else: a flood must not hide a client's death or a signal."""
 
 
 class Server:
-    """One host process. Everything but file loading happens in the thread that calls :meth:`run`."""
+    """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once."""
 
     def __init__(self, *, rung: Rung, endpoint: Endpoint, roots: tuple[str, ...], ttl_s: float) -> None:
         self._rung = rung
         self._endpoint = endpoint
         self._lock = HostLock(endpoint)
         self._finished: queue.SimpleQueue[tuple[Job, Outcome | BaseException]] = queue.SimpleQueue()
-        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_mutex = threading.Lock()
+        self._wake_r = self._wake_w = -1
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="lunashm-load")
         self._event_ids = itertools.count(1)
         self._pidfds: dict[int, str] = {}
         self._clients: dict[str, int] = {}
         self._stop_reason = ""
-        self._idle_ms = min(_IDLE_MS, int(ttl_s * 1000 / 3))
+        self._idle_ms = max(_LEAST_MS, min(_IDLE_MS, int(ttl_s * 1000 / 3)))
         self.service = Service(
             rung=rung, roots=roots, endpoint=endpoint.url, ttl_s=ttl_s, outbox=self, submit=self._submit
         )  # fmt: skip
 
     def run(self, ready: Callable[[protocol.HostInfo], None]) -> None:
-        """Serve until told to stop. ``ready`` is called once clients can connect. Raises AlreadyServing."""
+        """Serve until told to stop. ``ready`` is called once clients can connect.
+
+        Raises AlreadyServing, or SettingsError for an endpoint that cannot be bound.
+        """
         with contextlib.ExitStack() as stack:
             self._lock.acquire()
             stack.callback(self._lock.release)
+            stack.enter_context(self._wake_pipe())
+            stack.enter_context(self._signals())
             for name in self._rung.reclaim():
                 log.warning("removed %s, left behind by a host that died", name)
-            self._context = stack.enter_context(zmq.Context())
-            self._router = stack.enter_context(self._bind(zmq.ROUTER, self._endpoint.url))
-            self._router.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_FRAME_BYTES)
-            self._events = stack.enter_context(self._bind(zmq.PUB, self._endpoint.events))
-            self._poller = zmq.Poller()
-            self._poller.register(self._router, zmq.POLLIN)
-            self._poller.register(self._wake_r, zmq.POLLIN)
+            self._open_sockets(stack)
             stack.callback(self._close)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, self._on_signal)
-            signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
             self._lock.publish(self.service.info)
             ready(self.service.info)
             while not self._stop_reason:
                 self._turn()
 
+    def stop(self, reason: str = "asked to stop") -> None:
+        """End :meth:`run` soon; from any thread, any number of times."""
+        self._stop_reason = self._stop_reason or reason
+        self._wake()
+
+    def _open_sockets(self, stack: contextlib.ExitStack) -> None:
+        self._context = stack.enter_context(zmq.Context())
+        self._router = stack.enter_context(self._bind(zmq.ROUTER, self._endpoint.url))
+        self._events = stack.enter_context(self._bind(zmq.PUB, self._endpoint.events))
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_r, zmq.POLLIN)
+
     def _bind(self, kind: int, url: str) -> zmq.Socket[bytes]:
+        path = Path(url.removeprefix("ipc://"))
         socket: zmq.Socket[bytes] = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 200)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(url.removeprefix("ipc://"))  # we hold the lock: a socket file here is a dead host's
-        socket.bind(url)
+        try:
+            socket.setsockopt(zmq.LINGER, 200)
+            socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_FRAME_BYTES)  # counts only if it is set before bind()
+            if kind == zmq.ROUTER:
+                socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that nobody can get is an error here
+            path.unlink(missing_ok=True)  # we hold the lock: a socket file here is a dead host's
+            socket.bind(url)
+            path.chmod(0o600)
+        except (zmq.ZMQError, OSError) as exc:
+            socket.close()
+            raise SettingsError(f"cannot listen on {url}: {exc.strerror}; choose another --endpoint") from exc
         return socket
 
     def _turn(self) -> None:
-        """One round: wait for something, deal with all of it."""
-        for source, _ in self._poller.poll(_BUSY_MS if self.service.busy else self._idle_ms):
-            if source is self._router:
-                self._receive()
-            elif source == self._wake_r:
-                self._woken()
-            elif source in self._pidfds:
-                self._forget(self._pidfds[source])
-        self.service.tick()
+        """One round: wait for something, deal with all of it.
+
+        Ended processes first: a request may close a pidfd and reuse its number for somebody who lives.
+        """
+        ready = dict(self._poller.poll(_BUSY_MS if self.service.busy else self._idle_ms))
+        for client in [self._pidfds[fd] for fd in ready if fd in self._pidfds]:
+            self._guarded(self._forget, client)
+        if self._wake_r in ready:
+            self._woken()
+        if self._router in ready:
+            self._receive()
+        self._guarded(self.service.tick)
         if self.service.stopping:
             self._stop_reason = self._stop_reason or "asked to stop"
+
+    def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
+        """The host outlives every surprise; the traceback is in its log."""
+        try:
+            step(*arguments)
+        except Exception:
+            log.exception("%s failed", getattr(step, "__name__", step))
+            self.service.counters["error.internal"] += 1
 
     # -- requests --------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        """Take every request that is waiting. A bad one gets a typed error, or is counted and dropped."""
-        while True:
+        """Take the requests that are waiting. A bad one gets a typed error, or is counted and dropped."""
+        for _ in range(_BATCH):
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -122,7 +156,7 @@ class Server:
                 self.service.handle(route, message_id, request)
                 if isinstance(request, protocol.Unregister):
                     self._unwatch(request.client)
-        except Exception as exc:  # the host outlives every request; the traceback is in its log
+        except Exception as exc:
             log.exception("%s failed", type(request).__name__)
             self.service.counters["error.internal"] += 1
             self.reply(route, message_id, protocol.ErrorReply("internal", f"the host failed on this request: {exc!r}"))
@@ -149,15 +183,28 @@ class Server:
 
     # -- Outbox ----------------------------------------------------------------------------------------------------
 
-    def reply(self, route: bytes, message_id: int, message: protocol.Message) -> None:
+    def reply(self, route: bytes, message_id: int, message: protocol.Message) -> bool:
+        delivered = True
         try:
-            self._router.send_multipart([route, *protocol.pack(message, message_id)], zmq.NOBLOCK)
-        except zmq.ZMQError as exc:  # a peer that does not read; it will time out and retry
-            log.warning("reply to %s dropped: %s", route.hex(), exc)
+            frames = protocol.pack(message, message_id)
+        except ProtocolError as exc:
+            log.error("no reply can hold this: %s", exc)
+            self.service.counters[f"error.{exc.code}"] += 1
+            frames, delivered = protocol.pack(protocol.ErrorReply(exc.code, exc.message), message_id), False
+        try:
+            self._router.send_multipart([route, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as exc:  # gone, or it does not read: it will time out and ask again
+            log.info("reply to %s dropped: %s", route.hex(), exc)
             self.service.counters["dropped.replies"] += 1
+            return False
+        return delivered
 
     def publish(self, event: protocol.Message) -> None:
-        self._events.send_multipart(protocol.pack(event, next(self._event_ids)))
+        try:
+            self._events.send_multipart(protocol.pack(event, next(self._event_ids)), zmq.NOBLOCK)
+        except (ProtocolError, zmq.ZMQError) as exc:
+            log.error("event %s dropped: %s", type(event).__name__, exc)
+            self.service.counters["dropped.events"] += 1
 
     # -- loading and signals ---------------------------------------------------------------------------------------
 
@@ -173,26 +220,53 @@ class Server:
         self._loaders.submit(work)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_w, b"\0")
+        with self._wake_mutex, contextlib.suppress(BlockingIOError):
+            if self._wake_w >= 0:
+                os.write(self._wake_w, b"\0")
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_r, 4096)
         while not self._finished.empty():
-            self.service.finish(*self._finished.get())
+            self._guarded(self.service.finish, *self._finished.get())
+
+    @contextlib.contextmanager
+    def _wake_pipe(self) -> Iterator[None]:
+        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            yield
+        finally:
+            with self._wake_mutex:
+                os.close(self._wake_r)
+                os.close(self._wake_w)
+                self._wake_r = self._wake_w = -1
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Stop on the usual signals. Python hears them in its main thread only; elsewhere :meth:`stop` is the way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        wakeup_fd = signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup_fd)
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_reason = f"signal {signal.Signals(number).name}"
 
     def _close(self) -> None:
         log.info("stopping: %s", self._stop_reason or "error")
-        self.service.close(self._stop_reason or "error")
+        self._guarded(self.service.close, self._stop_reason or "error")
         self._loaders.shutdown(wait=True, cancel_futures=True)
         while not self._finished.empty():
-            self.service.finish(*self._finished.get())
+            self._guarded(self.service.finish, *self._finished.get())
         for client in list(self._clients):
             self._unwatch(client)
-        signal.set_wakeup_fd(-1)
-        with contextlib.suppress(FileNotFoundError):
-            self._endpoint.socket_path.unlink()
+        for path in (self._endpoint.socket_path, self._endpoint.events_path):
+            path.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ Rungs know bytes. Tensors, models and leases are other people's words.
 
 from __future__ import annotations
 
-
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -33,20 +32,25 @@ class Segment(Protocol):
     def frozen(self) -> bool: ...
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Copy ``data`` to ``offset`` bytes from the start. Raises SegmentFrozen, OutOfSharedMemory, ValueError."""
+        """Copy ``data`` to ``offset`` bytes from the start.
+
+        Raises SegmentFrozen, SegmentGone, OutOfSharedMemory, SharedMemoryError; ValueError outside the segment.
+        """
 
     def freeze(self) -> None:
         """Idempotent."""
 
     def export(self) -> Handle:
-        """Raises SegmentNotFrozen."""
+        """Raises SegmentNotFrozen, or SegmentGone after :meth:`free`."""
 
     def free(self) -> None:
         """Idempotent."""
 
 
 class Mapping(Protocol):
-    """One opened segment, read-only. It is unmapped when the last reference to it, and to views made of it, dies."""
+    """One opened segment, read-only. ``buffer`` owns the mapping: it is unmapped when the last reference to it, and to
+    views made of it, dies. Buffers can be weakly referenced, so that others may learn of that moment.
+    """
 
     @property
     def handle(self) -> Handle: ...
@@ -62,12 +66,13 @@ class Rung(Protocol):
     device: str
 
     def allocate(self, nbytes: int) -> Segment:
-        """Raises OutOfSharedMemory, with the sizes needed and free, before a byte is written."""
+        """Raises OutOfSharedMemory, with the sizes needed and free, before a byte is written; SharedMemoryError."""
 
     def open(self, handle: Handle) -> Mapping:
-        """Raises SegmentGone."""
+        """Raises SegmentGone, or SharedMemoryError where the process cannot map it."""
 
-    def free_nbytes(self) -> int: ...
+    def free_nbytes(self) -> int:
+        """What allocate() would still grant."""
 
     def total_nbytes(self) -> int: ...
 
@@ -77,7 +82,7 @@ class Rung(Protocol):
 
 def rung_for(name: str, device: str) -> Rung:
     """The rung called ``name`` on ``device``; ``auto`` takes the best that works there."""
-    from lunashm.memory.posix import PosixRung
+    from lunashm.memory.posix import PosixRung  # noqa: PLC0415 - rungs import this module
 
     if device != "cpu":
         raise SettingsError(f"device {device!r} is not supported by this version; use --device cpu")

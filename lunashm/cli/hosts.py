@@ -1,0 +1,81 @@
+"""Which host a command talks to, and how it asks. Knows no command and no output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, TypeVar
+
+import typer
+
+from lunashm import settings
+from lunashm.client.connection import Connection
+from lunashm.errors import HostUnavailable, LunashmError
+from lunashm.paths import Endpoint, all_endpoints, find_host
+from lunashm.protocol import Message
+from lunashm.settings import Settings
+
+EndpointFlag = Annotated[
+    str | None, typer.Option("--endpoint", metavar="URL", help="The host's control URL, ipc:///path.sock.")
+]
+DeviceFlag = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="The host of this device, such as cpu.")
+]
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+
+def one(endpoint: str | None, device: str | None) -> Endpoint:
+    """The endpoint a command acts on.
+
+    Where nothing names one and the default device has no host, the only live host is meant.
+    """
+    chosen = settings.load({"endpoint": endpoint, "device": device})
+    if chosen.endpoint:
+        return Endpoint.parse(chosen.endpoint)
+    own = Endpoint.for_device(chosen.device)
+    if chosen.device == Settings().device and device is None and find_host(own) is None:
+        live = _live()
+        if len(live) == 1:
+            return live[0]
+    return own
+
+
+def every(endpoint: str | None, device: str | None) -> list[Endpoint]:
+    """All live hosts, or the one that is named. Raises HostUnavailable if there is none."""
+    if settings.load({"endpoint": endpoint}).endpoint or device is not None:
+        named = one(endpoint, device)
+        if find_host(named) is None:
+            raise HostUnavailable(f"no lunashm host at {named.url}; start one with: lunashm serve")
+        return [named]
+    live = _live()
+    if not live:
+        raise HostUnavailable("no lunashm host is running; start one with: lunashm serve")
+    return live
+
+
+def _live() -> list[Endpoint]:
+    return [endpoint for endpoint in all_endpoints() if find_host(endpoint) is not None]
+
+
+@contextlib.contextmanager
+def connected(endpoint: Endpoint) -> Iterator[Connection]:
+    """A connection for a few requests; the host does not count us as a client."""
+    connection = Connection(endpoint)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def ask(connection: Connection, request: Message, kind: type[_Answer]) -> _Answer:
+    """Send, wait, and insist on the kind of answer that belongs to the request."""
+    reply = connection.request(request)
+    if not isinstance(reply, kind):
+        raise LunashmError(f"the host answered {type(request).__name__} with {type(reply).__name__}")
+    return reply
+
+
+def ask_once(endpoint: Endpoint, request: Message, kind: type[_Answer]) -> _Answer:
+    with connected(endpoint) as connection:
+        return ask(connection, request, kind)

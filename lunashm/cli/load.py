@@ -1,0 +1,119 @@
+"""``lunashm load``: have a file loaded before anyone needs it, and watch it come in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lunashm import protocol as p
+from lunashm import settings
+from lunashm.cli.hosts import DeviceFlag, EndpointFlag, one
+from lunashm.cli.models import dtypes
+from lunashm.cli.output import AsJson, Output, clean, console, count, is_text, size
+from lunashm.client.connection import REPLY_S, Connection
+from lunashm.errors import HostTimeout, LunashmError, ModelNotReady, UnsupportedFormat, from_code
+from lunashm.manifest import DtypeRule, check_rules
+
+_LOOK_S = 0.2
+"""How often the wait for the answer wakes up, so that Ctrl-C is heard."""
+
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", metavar="DTYPE|PREFIX=DTYPE", help="Convert: F32, or first_stage_model.=F32; repeatable."),
+]
+Wait = Annotated[
+    float | None,
+    typer.Option("--wait", metavar="SECONDS", help="Give up waiting after this long; 0: start it and return."),
+]
+
+
+def load(
+    file: Annotated[str, typer.Argument(help="A .safetensors or .sft file below the host's roots.")],
+    *,
+    dtype: Dtypes = None,
+    wait: Wait = None,
+    endpoint: EndpointFlag = None,
+    device: DeviceFlag = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load FILE into shared memory, so that every client attaches at once."""
+    output = Output(as_json)
+    wait_s = settings.load({"wait_s": wait}).wait_s
+    path = str(Path(file).expanduser().absolute())
+    if not is_text(path):
+        raise UnsupportedFormat(f"{path!r} has bytes in its name that are not UTF-8; rename it")
+    request = p.Load(path, rules(dtype or []), wait_s)
+    bar = _Bar(path)
+    with contextlib.ExitStack() as stack:
+        connection = Connection(one(endpoint, device), on_event=bar.follow)
+        stack.callback(connection.close)
+        if not as_json and bar.visible:
+            stack.enter_context(bar.progress)
+        try:
+            reply = _await(connection, connection.submit(request), wait_s + REPLY_S)
+        except ModelNotReady:
+            if wait_s > 0:
+                raise
+            output.result({"path": path, "state": "loading"}, f"loading {path} in the host; watch it with: lunashm ps")
+            return
+        except KeyboardInterrupt:
+            stack.close()
+            output.note(f"{path} goes on loading in the host; stop that with: lunashm unload {Path(path).name}")
+            raise
+    model = reply.model
+    text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {model.load_s:.1f} s"
+    text += f": {count(model.tensors, 'tensor')}, {size(model.nbytes)} {dtypes(model)}, blake3 {model.digest[:12]}"
+    output.result({"model": model, "was_loaded": reply.was_loaded}, text)
+
+
+def rules(texts: list[str]) -> tuple[DtypeRule, ...]:
+    """``F32`` is for every tensor, ``PREFIX=F32`` for those whose name starts so; the rest stays as stored."""
+    table = {"": ""}
+    for text in texts:
+        prefix, _, dtype = text.rpartition("=")
+        table[prefix] = dtype.strip().upper()
+    return check_rules(DtypeRule(prefix, dtype) for prefix, dtype in table.items())
+
+
+def _await(connection: Connection, answer: Future[p.Reply], timeout_s: float) -> p.Loaded:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            reply = answer.result(_LOOK_S)
+            break
+        except FutureTimeout:
+            if time.monotonic() > deadline:
+                raise HostTimeout(f"host pid {connection.host.pid} did not answer within {timeout_s:g} s") from None
+    if isinstance(reply, p.ErrorReply):
+        raise from_code(reply.code, reply.message)
+    if not isinstance(reply, p.Loaded):
+        raise LunashmError(f"the host answered Load with {type(reply).__name__}")
+    return reply
+
+
+class _Bar:
+    """Bytes, GB/s and time left, from the host's events; ``visible`` where somebody looks."""
+
+    def __init__(self, path: str) -> None:
+        screen = console(stderr=True)
+        self.visible = screen.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(),
+            TextColumn("{task.fields[speed]}"), TimeRemainingColumn(compact=True), console=screen, transient=True,
+        )  # fmt: skip
+        self._real = os.path.realpath(path)
+        self._task = self.progress.add_task(clean(Path(path).name).plain, total=None, speed="")
+
+    def follow(self, event: p.Event) -> None:
+        """Called in the connection's thread with every event."""
+        if isinstance(event, p.LoadProgress) and event.path == self._real:
+            speed = f"{event.done / 1e9 / event.elapsed_s:.2f} GB/s" if event.elapsed_s > 0 else ""
+            self.progress.update(self._task, total=event.total or None, completed=event.done, speed=speed)

@@ -1,0 +1,87 @@
+"""``lunashm serve``: the host process, from settings to READY to a clean stop."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lunashm import settings
+from lunashm.cli.output import AsJson, Output, clean
+from lunashm.errors import SettingsError
+from lunashm.memory import rung_for
+from lunashm.paths import Endpoint
+from lunashm.protocol import HostInfo
+
+log = logging.getLogger(__name__)
+
+Roots = Annotated[
+    list[str] | None,
+    typer.Option("--root", metavar="DIR", help="Serve files below DIR; repeatable. Default: your home directory."),
+]
+
+
+def serve(
+    *,
+    device: Annotated[str | None, typer.Option(help="Where the weights live; one host per device.")] = None,
+    memory: Annotated[str | None, typer.Option(help="How they are shared: auto or posix.")] = None,
+    root: Roots = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Control URL, ipc:///path.sock.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR; to stderr.")] = None,
+    ttl: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long a client the host cannot see may stay silent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Host models until Ctrl-C: load each once, lend it to any number of processes."""
+    chosen = settings.load(
+        {
+            "device": device, "memory": memory, "roots": root or None, "endpoint": endpoint,
+            "log_level": log_level.upper() if log_level else None, "lease_ttl_s": ttl,
+        }
+    )  # fmt: skip
+    roots = existing_roots(chosen.roots)
+    address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(chosen.device)
+    logging.basicConfig(
+        level=chosen.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    if not chosen.roots:
+        log.info("no root is configured: serving files below the home directory, %s (--root DIR narrows it)", roots[0])
+    try:
+        _serve(chosen, address, roots, Output(as_json))
+    except KeyboardInterrupt:
+        log.info("interrupted before it was ready")
+
+
+def existing_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """Absolute directories; the home directory where none is configured. Raises SettingsError for a missing one."""
+    try:
+        paths = [Path(root).expanduser().absolute() for root in roots] or [Path.home()]
+    except RuntimeError as exc:
+        raise SettingsError(f"{exc}; name the directories to serve with --root") from exc
+    for path in paths:
+        if not path.is_dir():
+            raise SettingsError(f"root {path} is no directory; create it, or name another with --root")
+    return tuple(map(str, paths))
+
+
+def _serve(chosen: settings.Settings, address: Endpoint, roots: tuple[str, ...], output: Output) -> None:
+    from lunashm.host.server import Server  # noqa: PLC0415 - other commands need none of it
+
+    rung = rung_for(chosen.memory, chosen.device)
+    server = Server(rung=rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s)
+
+    def ready(info: HostInfo) -> None:
+        value = {"ready": True, "endpoint": info.endpoint, "device": info.device, "rung": info.rung,
+                 "roots": info.roots, "pid": info.pid, "version": info.version}  # fmt: skip
+        if output.as_json:
+            output.result(value)
+            return
+        served = ":".join(info.roots)
+        line = f"READY endpoint={info.endpoint} device={info.device} rung={info.rung} pid={info.pid} roots={served}"
+        print(clean(line).plain, flush=True)
+
+    server.run(ready)

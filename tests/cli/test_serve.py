@@ -1,0 +1,85 @@
+"""The host as a process: how it starts, who else may, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from lunashm.cli import control, exits
+from lunashm.paths import Endpoint, HostLock
+from lunashm.protocol import HostInfo
+
+from .conftest import Program
+
+SERVE = ["-m", "lunashm", "serve"]
+
+
+@pytest.fixture
+def host(runtime, tmp_path):
+    program = Program([*SERVE, "--root", str(tmp_path), "--json"], runtime).start()
+    yield program
+    program.end()
+
+
+def test_from_ready_to_stop(host, cli, runtime, tmp_path):
+    ready = json.loads(host.ready)
+    assert ready["pid"] == host.process.pid
+    assert ready["endpoint"] == f"ipc://{runtime}/cpu.sock"
+    assert (ready["device"], ready["rung"], ready["roots"]) == ("cpu", "posix", [str(tmp_path)])
+
+    second = cli("serve", "--json")
+    assert second.code == exits.SERVING
+    assert second.json["error"]["code"] == "already_serving"
+    assert f"pid {host.process.pid} " in second.json["error"]["message"]
+
+    empty = cli("ps")
+    assert empty.code == 0
+    assert "no models are loaded" in empty.out
+
+    stopped = cli("stop", "--json")
+    assert stopped.json == {"stopped": True, "pid": host.process.pid, "endpoint": ready["endpoint"]}
+    assert host.process.wait(0) == 0, "stop returns when the process is gone"
+    assert cli("ps").code == exits.NO_HOST
+    assert cli("stop").code == exits.NO_HOST
+    assert "Traceback" not in host.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_cleanly(runtime, tmp_path, number):
+    host = Program([*SERVE, "--root", str(tmp_path)], runtime).start()
+    expected = (
+        f"READY endpoint=ipc://{runtime}/cpu.sock device=cpu rung=posix pid={host.process.pid} roots={tmp_path}\n"
+    )
+    assert host.ready == expected
+    assert host.end(number) == 0
+    assert "Traceback" not in host.log.read_text()
+    assert not (runtime / "cpu.sock").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--root", "/nowhere/at/all"], "/nowhere/at/all"), (["--device", "gpu"], "gpu"), (["--memory", "clay"], "memory"),
+     (["--endpoint", "tcp://0.0.0.0:1"], "tcp://"), (["--log-level", "loud"], "log_level"),
+     (["--ttl", "0"], "lease_ttl_s")],
+)  # fmt: skip
+def test_a_flag_that_makes_no_sense_is_named(cli, tmp_path, flags, named):
+    result = cli("serve", "--json", *flags)
+    assert result.code == exits.USAGE
+    assert named in result.json["error"]["message"]
+
+
+def test_stop_gives_up_at_its_deadline(runtime):
+    """The lock is held by this very process, which will not go away."""
+    endpoint = Endpoint.for_device("cpu")
+    info = HostInfo("1", os.getpid(), 0, "cpu", "posix", endpoint.url, "0", (), 0.0)
+    lock = HostLock(endpoint)
+    lock.acquire()
+    try:
+        lock.publish(info)
+        assert not control._gone(endpoint, info, None, deadline=0.0)
+    finally:
+        lock.release()
+    assert control._gone(endpoint, info, None, deadline=0.0)
