@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -103,4 +104,5 @@ def _interrupted(as_json: bool) -> int:
 
 def main() -> None:
     """The console script."""
+    warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # doctor says it, with what to do
     sys.exit(run(sys.argv[1:]))

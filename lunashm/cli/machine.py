@@ -110,6 +110,10 @@ def _runtime() -> Check:
     mode = stat.S_IMODE(directory.stat().st_mode)
     if not os.access(directory, os.W_OK | os.X_OK):
         return Check("runtime directory", State.FAIL, f"{directory} is not writable", f"chmod 700 {directory}")
+    if not any(os.environ.get(name) for name in ("LUNASHM_RUNTIME_DIR", "XDG_RUNTIME_DIR")):
+        text = f"{directory}: chosen because XDG_RUNTIME_DIR is not set here"
+        fix = "where a process has it set, it looks elsewhere: give all of them the same LUNASHM_RUNTIME_DIR"
+        return Check("runtime directory", State.WARN, text, fix)
     return Check("runtime directory", State.OK, f"{directory}, mode {mode:04o}")
 
 

@@ -133,8 +133,9 @@ class Session:
         try:
             reply = self._ask(registration, path, rules, wait_s)
         except (NotRegistered, HostLost) as exc:  # it dropped us (a long suspend, say), or was replaced: again, once
-            registration.valid = False
-            if isinstance(exc, HostLost) and not self.host_is_back():
+            if isinstance(exc, NotRegistered):
+                registration.valid = False
+            elif not self.host_is_back():
                 raise
             registration = self._registered()
             reply = self._ask(registration, path, rules, wait_s)

@@ -143,12 +143,12 @@ class Catalog:
 
     def names(self) -> dict[int, str]:
         """A distinct name for each generation: file name, with its folder where two files share one, and ``@id`` for
-        all but the newest of the same file."""
+        all but one of the same file: the newest that is still lent."""
         files = {(g.manifest.name, g.manifest.source.path) for g in self.all}
         shared = Counter(name for name, _ in files)
         names: dict[int, str] = {}
         taken: set[str] = set()
-        for generation in sorted(self.all, key=lambda g: g.id, reverse=True):
+        for generation in sorted(self.all, key=_prominence, reverse=True):
             manifest = generation.manifest
             name = manifest.name
             if shared[name] > 1:
@@ -164,7 +164,7 @@ class Catalog:
         names = self.names()
         exact = [g for g in self.all if name == names[g.id] or g.is_of(name)]
         loose = [g for g in self.all if g.manifest.name == name or (len(name) >= 4 and g.digest.startswith(name))]
-        matches = exact[-1:] or loose
+        matches = sorted(exact, key=_prominence)[-1:] or loose
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -193,3 +193,8 @@ class Catalog:
             load_s=generation.load_s,
             rules=manifest.rules,
         )
+
+
+def _prominence(generation: Generation) -> tuple[bool, int]:
+    """Which of several a plain name means: what is lent before what drains, then the newest."""
+    return generation.state is State.READY, generation.id

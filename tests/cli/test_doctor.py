@@ -62,6 +62,16 @@ def test_a_runtime_directory_too_deep_for_sockets_fails(cli, tmp_path, monkeypat
     assert "LUNASHM_RUNTIME_DIR" in check["detail"]
 
 
+def test_a_runtime_directory_that_others_may_not_find_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.delenv("LUNASHM_RUNTIME_DIR")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(machine.paths, "runtime_dir", lambda: tmp_path)
+    monkeypatch.setattr(machine.Endpoint, "for_device", lambda device: None)
+    check = machine._runtime()
+    assert check.state is State.WARN
+    assert "LUNASHM_RUNTIME_DIR" in check.fix
+
+
 def test_torch_that_cannot_be_imported_fails_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     check = machine._torch()

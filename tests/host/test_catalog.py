@@ -150,6 +150,13 @@ def test_plain_name_means_the_newest_generation(books: Books) -> None:
     assert books.catalog.find("a.safetensors@1") is old
 
 
+def test_plain_name_means_what_is_lent_rather_than_what_drains(books: Books) -> None:
+    half, single = books.add("/m/a.safetensors"), books.add("/m/a.safetensors", dtype="F32")
+    single.state = State.DRAINING
+    assert names(books) == ["a.safetensors", "a.safetensors@2"]
+    assert books.catalog.find("a.safetensors") is books.catalog.find("/m/a.safetensors") is half
+
+
 def test_name_that_fits_several_is_refused_with_all_of_them(books: Books) -> None:
     books.add("/m/one/a.safetensors", "x")
     books.add("/m/two/a.safetensors", "y")
