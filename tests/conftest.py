@@ -29,8 +29,8 @@ def runtime() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def isolated(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable, file or host of the developer's reaches a test."""
-    for name in [name for name in os.environ if name.startswith("LUNASHM_")]:
+    """No variable, file or host of the developer's reaches a test, but for the checkout to test with."""
+    for name in [name for name in os.environ if name.startswith("LUNASHM_") and name != "LUNASHM_COMFYUI"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LUNASHM_RUNTIME_DIR", str(runtime))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
@@ -99,7 +99,7 @@ def own_host(runtime: Path) -> Iterator[HostProcess]:
         yield host
 
 
-# -- tiers ---------------------------------------------------------------------------------------------------------------
+# -- tiers -------------------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

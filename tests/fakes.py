@@ -145,7 +145,7 @@ class Worker:
             job = self.jobs.pop(0)
             try:
                 result = job.run(rung)
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - as the server's worker thread does
                 service.finish(job, exc)
             else:
                 service.finish(job, result)

@@ -60,6 +60,11 @@ class HostProcess:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
 
+    def segments(self) -> set[Path]:
+        """The shared memory it owns right now; other hosts of this machine have theirs."""
+        targets = {link.readlink() for link in Path(f"/proc/{self.pid}/fd").iterdir() if link.is_symlink()}
+        return {target for target in targets if target.parent == Path("/dev/shm")}
+
     def log(self) -> str:
         return self._log.read_text()
 

@@ -34,7 +34,7 @@ def spec(name: str = "a", dtype: str = "F32", shape: tuple[int, ...] = (4,), **c
     return TensorSpec(name, dtype, dtype, shape, **values)
 
 
-# -- sizes ---------------------------------------------------------------------------------------------------------------
+# -- sizes -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ITEMSIZE)
@@ -62,7 +62,7 @@ def test_aligned_is_the_next_multiple(offset: int) -> None:
     assert 0 <= result - offset < ALIGNMENT
 
 
-# -- rules ---------------------------------------------------------------------------------------------------------------
+# -- rules -------------------------------------------------------------------------------------------------------------
 
 dtypes = st.sampled_from(["", *sorted(CONVERTIBLE)])
 prefixes = st.text("ab.", max_size=4)
@@ -119,7 +119,7 @@ def test_what_rules_made_satisfies_those_rules(table: dict[str, str], names: lis
     assert book.satisfied_by(tensors)
 
 
-# -- validation ----------------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
 def test_sound_manifest_is_valid() -> None:

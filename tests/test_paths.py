@@ -17,7 +17,7 @@ def endpoint(runtime: Path) -> Endpoint:
     return Endpoint.for_device("cpu")
 
 
-# -- the runtime directory -----------------------------------------------------------------------------------------------
+# -- the runtime directory ---------------------------------------------------------------------------------------------
 
 
 def test_runtime_directory_is_made_private(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_runtime_directory_of_somebody_else_is_refused(monkeypatch: pytest.Monke
         runtime_dir()
 
 
-# -- endpoints -----------------------------------------------------------------------------------------------------------
+# -- endpoints ---------------------------------------------------------------------------------------------------------
 
 
 def test_endpoint_of_a_device_lies_in_the_runtime_directory(runtime: Path) -> None:
@@ -81,7 +81,7 @@ def test_all_endpoints_are_those_that_a_host_ever_used(endpoint: Endpoint) -> No
     assert all_endpoints() == [endpoint]
 
 
-# -- the lock ------------------------------------------------------------------------------------------------------------
+# -- the lock ----------------------------------------------------------------------------------------------------------
 
 
 def test_host_is_found_from_publish_to_release(endpoint: Endpoint) -> None:

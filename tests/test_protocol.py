@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import struct
@@ -29,7 +30,7 @@ def read(message: p.Message, body: bytes) -> p.Message:
     return p.read_reply(body) if message in messages.REPLIES else p.read_event(body)
 
 
-# -- bytes ---------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def test_protocol_version_is_one() -> None:
@@ -56,7 +57,7 @@ def test_header_is_magic_version_and_id_in_network_order() -> None:
     assert p.read_header(header) == 7
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("header", [b"", b"LUNA", b"LUNA" + bytes(11), b"XUNA" + struct.pack("!HQ", 1, 7)])
@@ -124,7 +125,7 @@ def test_arbitrary_bytes_are_never_worse_than_malformed(data: bytes) -> None:
         try:
             reader(data)
         except LunashmError as exc:
-            assert isinstance(exc, MalformedMessage | ProtocolMismatch)  # noqa: PT017
+            assert isinstance(exc, MalformedMessage | ProtocolMismatch)
 
 
 @given(st.sampled_from(messages.ALL), st.data())
@@ -132,13 +133,11 @@ def test_damaged_message_is_read_or_malformed(message: p.Message, data: st.DataO
     body = bytearray(p.pack(message, 1)[1])
     for _ in range(data.draw(st.integers(1, 3))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(MalformedMessage):
         assert isinstance(read(message, bytes(body)), p.Message)
-    except MalformedMessage:
-        pass
 
 
-# -- the specification ---------------------------------------------------------------------------------------------------
+# -- the specification -------------------------------------------------------------------------------------------------
 
 
 def test_specification_states_the_version() -> None:
@@ -146,7 +145,8 @@ def test_specification_states_the_version() -> None:
 
 
 RECORDS = [
-    p.HostInfo, p.ClientInfo, p.ClientStatus, p.LeaseInfo, p.ModelInfo, p.Handle, Manifest, TensorSpec, Source, DtypeRule,
+    p.HostInfo, p.ClientInfo, p.ClientStatus, p.LeaseInfo, p.ModelInfo, p.Handle,
+    Manifest, TensorSpec, Source, DtypeRule,
 ]  # fmt: skip
 
 

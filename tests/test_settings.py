@@ -62,7 +62,9 @@ def test_config_variable_names_the_file_outright(toml: Path, tmp_path: Path) -> 
         load(environ={"LUNASHM_CONFIG": str(tmp_path / "missing.toml")})
 
 
-@pytest.mark.parametrize("text", ["colour = 1\n", 'mode = "sometimes"\n', "wait_s = -1\n", "wait_s = nan\n", "device =", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["colour = 1\n", 'mode = "sometimes"\n', "wait_s = -1\n", "wait_s = nan\n", "device =", "\xff"]
+)
 def test_error_in_the_file_names_the_file(toml: Path, text: str) -> None:
     toml.write_bytes(text.encode("latin-1"))
     with pytest.raises(SettingsError, match=r"lunashm\.toml"):

@@ -20,6 +20,8 @@ def hosting(tmp_path: Path) -> Iterator[Hosting]:
     hosting = Hosting(tmp_path, rung=PosixRung())
     hosting.start()
     yield hosting
+    gc.collect()
+    close_sessions()
     hosting.stop()
 
 
@@ -43,7 +45,10 @@ def session(hosting: Hosting) -> Iterator[Session]:
 def sessions_end_with_their_test() -> Iterator[None]:
     """What attach() opens lives as long as the process, which is one process for all tests."""
     yield
-    gc.collect()
+    close_sessions()
+
+
+def close_sessions() -> None:
     for session in session_module._sessions.values():
         session.close()
     session_module._sessions.clear()

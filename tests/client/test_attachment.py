@@ -25,7 +25,7 @@ from lunashm.errors import (
     SourceChanged,
     UnsupportedFormat,
 )
-from lunashm.manifest import PRIVATE, DtypeRule
+from lunashm.manifest import PRIVATE, DtypeRule, TensorSpec
 from lunashm.memory.posix import PosixRung
 from tests import checkpoints
 from tests.client.test_session import leases
@@ -39,7 +39,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     )
 
 
-# -- attaching -----------------------------------------------------------------------------------------------------------
+# -- attaching ---------------------------------------------------------------------------------------------------------
 
 
 def test_library_has_exactly_these_names() -> None:
@@ -97,7 +97,7 @@ def test_shared_tensors_become_parameters(hosting: Hosting, path: Path) -> None:
     assert layer(torch.ones(1, 8)).shape == (1, 4)
 
 
-# -- dtypes --------------------------------------------------------------------------------------------------------------
+# -- dtypes ------------------------------------------------------------------------------------------------------------
 
 
 def test_dtypes_are_converted_in_the_host_as_torch_would(hosting: Hosting, path: Path) -> None:
@@ -129,7 +129,7 @@ def test_dtype_that_nothing_is_converted_to_is_unsupported(dtypes: object) -> No
         attach("/anything.safetensors", dtypes=dtypes)  # type: ignore[arg-type]
 
 
-# -- letting go ----------------------------------------------------------------------------------------------------------
+# -- letting go --------------------------------------------------------------------------------------------------------
 
 
 def test_lease_ends_with_the_last_tensor(hosting: Hosting, path: Path) -> None:
@@ -165,7 +165,7 @@ def test_model_that_is_unloaded_stays_usable(hosting: Hosting, path: Path) -> No
         assert model.checksum() == checksum
 
 
-# -- reattaching ---------------------------------------------------------------------------------------------------------
+# -- reattaching -------------------------------------------------------------------------------------------------------
 
 
 def test_reattaching_gives_the_same_bytes_from_the_new_host(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_reattaching_uses_the_path_that_was_attached_not_its_twin(hosting: Hosti
             model.reattached(10.0).close()
 
 
-# -- what the host says is checked ---------------------------------------------------------------------------------------
+# -- what the host says is checked -------------------------------------------------------------------------------------
 
 
 def reply_changed(hosting: Hosting, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
@@ -248,7 +248,7 @@ def test_host_that_sees_another_file_under_the_same_name_is_refused(
         Attachment.open(session, str(path), (), 10.0)
 
 
-# -- fallbacks -----------------------------------------------------------------------------------------------------------
+# -- fallbacks ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_host_is_an_error_unless_local_is_allowed(path: Path, hosting: Hosting) -> None:
@@ -277,9 +277,9 @@ def test_local_copy_is_the_files_bytes_described_honestly_and_its_reason_is_logg
     assert model.reason == "still loading in the host"
     assert "not shared" in caplog.text
     assert (manifest.digest, manifest.generation, manifest.segments) == ("", 0, ())
-    described = {spec.name: (spec.stored, spec.dtype, spec.shape, spec.nbytes, spec.segment) for spec in manifest.tensors}
-    assert described["layer0.weight"] == ("F32", "F16", (8, 16), 256, PRIVATE)
-    assert described["scale"] == ("BF16", "BF16", (), 2, PRIVATE)
+    specs = {spec.name: spec for spec in manifest.tensors}
+    assert specs["layer0.weight"] == TensorSpec("layer0.weight", "F32", "F16", (8, 16), PRIVATE, 0, 256)
+    assert specs["scale"] == TensorSpec("scale", "BF16", "BF16", (), PRIVATE, 0, 2)
     assert manifest.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert manifest.source.size == path.stat().st_size
 

@@ -76,7 +76,7 @@ def wire(puppet: Puppet) -> Iterator[Connection]:
     connection.close()
 
 
-# -- requests ------------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 def test_reply_goes_to_the_request_it_belongs_to(puppet: Puppet, wire: Connection) -> None:
@@ -106,7 +106,7 @@ def test_many_threads_share_one_connection(hosting: Hosting) -> None:
 
 
 def test_host_that_does_not_answer_is_a_time_out(wire: Connection) -> None:
-    with pytest.raises(HostTimeout, match="GetStatus within 0.05 s"):
+    with pytest.raises(HostTimeout, match=r"GetStatus within 0\.05 s"):
         wire.request(p.GetStatus(), timeout_s=0.05)
 
 
@@ -176,7 +176,7 @@ def test_host_that_reads_nothing_does_not_block_the_caller(puppet: Puppet, wire:
     assert errors == {HostLost}
 
 
-# -- the host's end ------------------------------------------------------------------------------------------------------
+# -- the host's end ----------------------------------------------------------------------------------------------------
 
 
 def test_no_host_is_unavailable(runtime: Path) -> None:
@@ -227,7 +227,7 @@ def test_lock_of_a_dead_host_with_a_reused_pid_is_not_believed(
         Connection(puppet.endpoint)
 
 
-# -- events, idleness, closing -------------------------------------------------------------------------------------------
+# -- events, idleness, closing -----------------------------------------------------------------------------------------
 
 
 def test_events_are_passed_on_and_broken_ones_dropped(puppet: Puppet) -> None:
@@ -248,9 +248,8 @@ def test_events_are_passed_on_and_broken_ones_dropped(puppet: Puppet) -> None:
 def test_stopping_of_another_host_is_not_ours(puppet: Puppet) -> None:
     events: list[p.Event] = []
     connection = Connection(puppet.endpoint, on_event=events.append)
-    until(
-        lambda: puppet.events.send_multipart(p.pack(p.HostStopping(HOST.host_id, "x"), 1)) or events, "the event arrives"
-    )
+    sent = p.pack(p.HostStopping(HOST.host_id, "x"), 1)
+    until(lambda: puppet.events.send_multipart(sent) or events, "the event arrives")
     assert connection.alive
     connection.close()
 

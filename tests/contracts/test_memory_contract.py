@@ -1,4 +1,4 @@
-"""What every rung of memory promises (see lunashm/memory/__init__.py). The fake that other tests use is held to it, too."""
+"""What every rung of memory promises (see lunashm/memory/__init__.py). The fake of other tests is held to it, too."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from lunashm import protocol as p
 from lunashm.client import Session
 from tests import checkpoints, messages
 from tests.host_process import HostProcess
-from tests.waiting import until
 
 STORM = 3_000
 HARMLESS = [m for m in messages.REQUESTS if not isinstance(m, p.Shutdown | p.Register)]
@@ -51,16 +50,18 @@ def test_host_survives_a_storm_and_serves_its_clients_through_it(host: HostProce
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.SNDTIMEO, 10_000)
+        dealer.setsockopt(zmq.RCVTIMEO, 10_000)
         dealer.connect(host.endpoint.url)
         for frames in storm(seed):
             dealer.send_multipart(frames)
             while dealer.poll(0):
                 dealer.recv_multipart()
         dealer.send_multipart(p.pack(p.GetStatus(), 1 << 40))
-        until(lambda: p.peek_id(dealer.recv_multipart()[0]) == 1 << 40, "the last request is answered")
+        while p.peek_id(dealer.recv_multipart()[0]) != 1 << 40:  # one that does not read loses replies
+            pass
     after = host.status()
     assert after.host.host_id == before.host.host_id
-    assert (after.leases, after.clients) == (1, 1)
+    assert (after.leases, after.clients) == (1, before.clients)
     assert after.counters["error.malformed_message"] > before.counters.get("error.malformed_message", 0)
     assert after.counters["dropped.frames"] > before.counters.get("dropped.frames", 0)
     assert after.counters.get("error.internal", 0) == 0, host.log()

@@ -33,7 +33,7 @@ def books() -> Books:
     return Books()
 
 
-# -- which bytes are where -----------------------------------------------------------------------------------------------
+# -- which bytes are where ---------------------------------------------------------------------------------------------
 
 
 def test_file_as_it_was_is_current(books: Books) -> None:
@@ -106,7 +106,7 @@ def test_file_of_another_size_needs_no_digest_to_be_another(books: Books) -> Non
     assert books.catalog.resized(Source("/m/a.safetensors", 101, 5, 7)) == [generation]
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 def names(books: Books) -> list[str]:

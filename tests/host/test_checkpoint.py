@@ -18,7 +18,7 @@ from lunashm.host.checkpoint import StoredTensor, parse_header, resolve
 from lunashm.manifest import ITEMSIZE, MAX_RANK, nbytes_of
 from tests import checkpoints
 
-# -- which files ---------------------------------------------------------------------------------------------------------
+# -- which files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_file_that_vanishes_or_may_not_be_read_is_not_found(root: Path) -> None:
         checkpoint.read(root / "link.safetensors")
 
 
-# -- the header ----------------------------------------------------------------------------------------------------------
+# -- the header --------------------------------------------------------------------------------------------------------
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 tables = st.dictionaries(
@@ -292,7 +292,7 @@ def test_tensors_come_in_file_order_whatever_the_headers_order() -> None:
     assert [tensor.name for tensor in tensors] == ["early", "none", "late"]
 
 
-# -- the file ------------------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def test_file_that_safetensors_wrote_is_read(root: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from blake3 import blake3
 
 from lunashm.errors import LoadCancelled, ModelNotFound, OutOfSharedMemory, SourceChanged
 from lunashm.host import checkpoint, loader
-from lunashm.host.checkpoint import Checkpoint
 from lunashm.host.loader import PIECE_NBYTES, LoadedSegment, plan
 from lunashm.manifest import ALIGNMENT, CONVERTIBLE, ITEMSIZE, DtypeRule, Manifest, check_rules
 from lunashm.views import DTYPES, state_dict
@@ -40,7 +40,9 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def load(path: Path, rung: HeapRung, rules: tuple[DtypeRule, ...] = ()) -> tuple[LoadedSegment, dict[str, torch.Tensor]]:
+def load(
+    path: Path, rung: HeapRung, rules: tuple[DtypeRule, ...] = ()
+) -> tuple[LoadedSegment, dict[str, torch.Tensor]]:
     found = checkpoint.read(path)
     layout = plan(found, rules)
     loaded = loader.load(found, layout, rung, silent)
@@ -52,7 +54,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# -- what arrives --------------------------------------------------------------------------------------------------------
+# -- what arrives ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensors", [EVERY_DTYPE, LARGE, {"empty": ("F32", (0, 4))}], ids=["dtypes", "pieces", "empty"])
@@ -101,7 +103,8 @@ def test_variant_is_what_torchs_own_conversion_gives(path: Path, rung: HeapRung,
 def test_each_prefix_gets_its_own_dtype(path: Path, rung: HeapRung) -> None:
     checkpoints.write(path, {"unet.w": ("F16", (4,)), "vae.w": ("F16", (4,)), "vae.norm.w": ("F16", (4,))})
     _, served = load(path, rung, check_rules([DtypeRule("vae.", "F32"), DtypeRule("vae.norm.", "BF16")]))
-    assert [served[n].dtype for n in ("unet.w", "vae.w", "vae.norm.w")] == [torch.float16, torch.float32, torch.bfloat16]
+    wanted = {"unet.w": torch.float16, "vae.w": torch.float32, "vae.norm.w": torch.bfloat16}
+    assert {name: tensor.dtype for name, tensor in served.items()} == wanted
 
 
 def test_progress_counts_every_byte_of_the_file(path: Path, rung: HeapRung) -> None:
@@ -109,10 +112,10 @@ def test_progress_counts_every_byte_of_the_file(path: Path, rung: HeapRung) -> N
     found, seen = checkpoint.read(path), []
     loader.load(found, plan(found, ()), rung, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (found.source.size, found.source.size)
-    assert all(later[0] - earlier[0] <= PIECE_NBYTES for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later[0] - earlier[0] <= PIECE_NBYTES for earlier, later in pairwise(seen))
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------------------
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
 def nothing_is_left(rung: HeapRung, threads_before: int, descriptors_before: int) -> bool:
@@ -220,7 +223,7 @@ def test_disk_that_fails_is_an_error_of_ours(path: Path, rung: HeapRung, monkeyp
     assert rung.segments == {}
 
 
-# -- what it costs -------------------------------------------------------------------------------------------------------
+# -- what it costs -----------------------------------------------------------------------------------------------------
 
 PEAK = """
 import sys
@@ -250,13 +253,14 @@ for rules in ((), (DtypeRule("", "F16"),)):
 
 
 def test_loading_never_holds_a_second_copy_in_private_memory(path: Path) -> None:
-    nbytes = 64 << 20
+    nbytes = 48 << 20  # fits a container's /dev/shm of 64 MB
     tensors = {f"t{number}": ("F32", (nbytes // 16,)) for number in range(4)}
     with path.open("wb") as file:
         file.write(checkpoints.header_of(tensors))
         file.truncate(file.tell() + nbytes)
     root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", PEAK, str(path)], cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PEAK, str(path)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     as_stored, converted = map(int, run.stdout.split())
     assert as_stored < nbytes // 2  # the ring of pieces, and some of the allocator's own

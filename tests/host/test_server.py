@@ -57,7 +57,7 @@ def register(connection: Connection, pid: int | None = None) -> str:
     return reply.client
 
 
-# -- starting and stopping -----------------------------------------------------------------------------------------------
+# -- starting and stopping ---------------------------------------------------------------------------------------------
 
 
 def test_host_is_found_while_it_runs_and_leaves_no_socket(tmp_path: Path, runtime: Path) -> None:
@@ -130,7 +130,7 @@ def test_failing_ready_callback_ends_the_host_in_order(tmp_path: Path) -> None:
     assert find_host(Endpoint.for_device("cpu")) is None
 
 
-# -- requests ------------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 def test_load_runs_beside_the_loop_and_its_reply_comes_when_it_is_done(hosting: Hosting) -> None:
@@ -216,7 +216,7 @@ def test_reply_to_somebody_who_left_is_dropped_and_its_lease_ends(hosting: Hosti
         assert (status.leases, status.clients) == (0, 1)
 
 
-# -- what is no request --------------------------------------------------------------------------------------------------
+# -- what is no request ------------------------------------------------------------------------------------------------
 
 
 def test_wrong_number_of_frames_is_dropped_and_counted(hosting: Hosting, wire: zmq.Socket[bytes]) -> None:
@@ -285,7 +285,7 @@ def test_flood_does_not_hide_a_stop(tmp_path: Path) -> None:
         hosting.stop()
 
 
-# -- clients -------------------------------------------------------------------------------------------------------------
+# -- clients -----------------------------------------------------------------------------------------------------------
 
 
 def test_client_whose_process_ends_is_dropped(hosting: Hosting) -> None:

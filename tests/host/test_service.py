@@ -87,7 +87,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-# -- registering ---------------------------------------------------------------------------------------------------------
+# -- registering -------------------------------------------------------------------------------------------------------
 
 
 def test_registered_client_is_told_who_hosts_and_when_to_renew(bench: Bench) -> None:
@@ -114,7 +114,7 @@ def test_client_that_leaves_ends_its_leases(bench: Bench) -> None:
     assert bench.refused(p.Renew(client)) == "not_registered"
 
 
-# -- loading -------------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def test_first_attach_waits_for_the_load_and_then_gets_all_of_it(bench: Bench) -> None:
@@ -143,10 +143,8 @@ def test_two_requests_at_once_load_once(bench: Bench) -> None:
 
 def test_request_that_the_running_load_will_satisfy_waits_for_it(bench: Bench) -> None:
     path, client = bench.file(tensors={"a": ("F16", (4,)), "ids": ("I64", (2,))}), bench.client()
-    numbers = [
-        bench.send(p.Attach(client, path, rules, 60.0))
-        for rules in (AS_STORED, AS_F16, (DtypeRule("a", "F16"),), (DtypeRule("other.", "F32"),), (DtypeRule("ids", "F32"),))
-    ]
+    useful = (AS_STORED, AS_F16, *((DtypeRule(*rule),) for rule in (("a", "F16"), ("other.", "F32"), ("ids", "F32"))))
+    numbers = [bench.send(p.Attach(client, path, rules, 60.0)) for rules in useful]
     assert bench.work() == 1
     assert all(isinstance(bench.answer(number), p.Attached) for number in numbers)
 
@@ -279,7 +277,7 @@ def test_progress_is_told_while_it_loads_and_not_too_often(bench: Bench) -> None
     assert not bench.service.busy
 
 
-# -- files that change ---------------------------------------------------------------------------------------------------
+# -- files that change -------------------------------------------------------------------------------------------------
 
 
 def test_changed_file_is_a_new_generation_and_the_old_one_stays_with_its_clients(bench: Bench) -> None:
@@ -398,7 +396,7 @@ def test_file_that_changes_between_load_and_answer_is_loaded_again(bench: Bench)
     assert len(bench.rung.segments) == 1
 
 
-# -- unloading -----------------------------------------------------------------------------------------------------------
+# -- unloading ---------------------------------------------------------------------------------------------------------
 
 
 def test_model_in_use_is_not_unloaded_and_its_holders_are_named(bench: Bench) -> None:
@@ -458,7 +456,7 @@ def test_unknown_model_is_not_found(bench: Bench) -> None:
     assert bench.refused(p.ShowModel("m.safetensors")) == "model_not_found"
 
 
-# -- leases and clients --------------------------------------------------------------------------------------------------
+# -- leases and clients ------------------------------------------------------------------------------------------------
 
 
 def test_lease_of_another_client_is_not_released(bench: Bench) -> None:
@@ -536,7 +534,7 @@ def test_lease_whose_grant_cannot_be_delivered_ends_at_once(bench: Bench) -> Non
     assert [event.reason for event in bench.events(p.LeaseEnded)] == ["undelivered"]
 
 
-# -- what people see -----------------------------------------------------------------------------------------------------
+# -- what people see ---------------------------------------------------------------------------------------------------
 
 
 def test_descriptions_agree_with_each_other(bench: Bench) -> None:
