@@ -3,7 +3,7 @@
 Interleaved, in alternating order, with the file in the page cache:
 
 load             lunashm.host.loader.load: read, digest, place in a new segment, freeze
-read + copy      the reference: preadv of the whole file into new memory of its size, then one copy into another
+read + copy      the reference: preadv of the whole file into new private memory of its size, then one copy into another
 digest           lunashm.host.loader.digest: read and BLAKE3 alone
 read + copy, reused
                  the reference once more in memory that is already there: the least that two passes can cost. It pays
@@ -29,6 +29,7 @@ from lunashm.memory import ram
 from lunashm.memory.posix import PosixRung
 
 CALL_NBYTES = 1 << 30  # one preadv takes at most 2 GiB
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's own default is shared memory
 
 Ways = dict[str, Callable[[], float]]
 
@@ -55,7 +56,7 @@ def read_and_copy(file: Path) -> float:
     """Both memories are new to this process."""
     size = file.stat().st_size
     began = time.perf_counter()
-    with mmap.mmap(-1, size) as first, mmap.mmap(-1, size) as second:
+    with mmap.mmap(-1, size, PRIVATE) as first, mmap.mmap(-1, size, PRIVATE) as second:
         _read_and_copy(file, first, second)
         return time.perf_counter() - began
 
@@ -71,7 +72,7 @@ def _read_and_copy(file: Path, first: mmap.mmap, second: mmap.mmap) -> None:
 def read_and_copy_reused(file: Path) -> float:
     """The second of two passes over the same memory."""
     size = file.stat().st_size
-    with mmap.mmap(-1, size) as first, mmap.mmap(-1, size) as second:
+    with mmap.mmap(-1, size, PRIVATE) as first, mmap.mmap(-1, size, PRIVATE) as second:
         _read_and_copy(file, first, second)
         began = time.perf_counter()
         _read_and_copy(file, first, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -45,6 +46,16 @@ def runtime() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="lunashm-cli-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """`serve` sets up logging for its process; here it must not outlive the test, whose stderr is closed by then."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
