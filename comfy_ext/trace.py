@@ -34,7 +34,7 @@ class UntraceableError(Exception):
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which bytes a path named when the loader opened it."""
+    """Which bytes a path named when the loader opened it. Links are the host's to follow: it checks where they lead."""
 
     path: str
     size: int
@@ -42,9 +42,8 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: str) -> FileIdentity:
-        real = os.path.realpath(path)
-        stat = os.stat(real)
-        return cls(real, stat.st_size, stat.st_mtime_ns)
+        stat = os.stat(path)
+        return cls(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
 
 class FileTensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # enough of a CLIP-G for a loader to take it for one: stock leaves the missing rest uninitialised
     g_layer = {"text_model.encoder.layers.30.mlp.fc1.weight": torch.randn(5120, 1280, dtype=torch.float16)}
     save_file(g_layer, folder / "text_encoders" / "clip-g.safetensors")
+    # as in Hugging Face's cache: a name that links to a content-addressed file without a suffix
+    blob = folder / "blobs" / "0123abcd"
+    blob.parent.mkdir()
+    shutil.copy(folder / made["vae-tiny"], blob)
+    (folder / "vae" / "linked.safetensors").symlink_to(blob)
     (folder / "loras").mkdir()
     for seed, name in enumerate(("a", "b")):
         base = folder / made["sd15-tiny"]

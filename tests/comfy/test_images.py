@@ -24,6 +24,7 @@ WORKFLOWS = {
         "flux-tiny.safetensors", "clip-l.safetensors", "vae-tiny.safetensors", weight_dtype="fp8_e4m3fn"
     ),
     "vae": vae_only("vae-tiny.safetensors"),
+    "vae through a link": vae_only("linked.safetensors"),
     "two loras": txt2img_checkpoint(SD15, loras=BOTH),
     "clip skip": graphs.clip_skip(),
     "hook lora": graphs.hook_lora(),
@@ -39,6 +40,11 @@ def test_image_is_byte_identical_to_stocks(name: str, stock: ComfyServer, shared
     ours = shared.render(workflow)
     assert pixels(ours).std() > 1, "a flat image would prove nothing"
     assert ours == stock.render(workflow)
+
+
+def test_a_link_into_a_content_addressed_store_is_followed(shared: ComfyServer) -> None:
+    shared.render(WORKFLOWS["vae through a link"])
+    assert "attached linked.safetensors" in shared.log_text()
 
 
 def test_both_files_of_a_dual_loader_are_attached(shared: ComfyServer) -> None:
