@@ -22,7 +22,7 @@ from lunashm import settings
 from lunashm.errors import LunashmError
 
 from . import hostlink, trace
-from .patcher import protect_weights
+from .patcher import protect_weights, show_patched_weights
 from .sharing import share
 
 log = logging.getLogger("lunashm.comfy")
@@ -41,6 +41,7 @@ def install() -> None:
     setattr(comfy.sd, _INSTALLED, True)
     trace.install_load_state_dict()
     protect_weights()
+    show_patched_weights()
     comfy.utils.load_torch_file = _load_torch_file(comfy.utils.load_torch_file)
     for name in ("load_checkpoint_guess_config", "load_diffusion_model", "load_clip"):
         setattr(comfy.sd, name, _loader(getattr(comfy.sd, name)))

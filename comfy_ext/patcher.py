@@ -1,14 +1,17 @@
 """A ModelPatcher that never moves, writes, pins or counts shared bytes.
 
-Patched weights (LoRA, model merges) become private tensors of the touched layers for as long as they are patched;
-the shared alias is what "unpatched" means.
+Patches that have a low-rank form (LoRA and its kin) are put around the layers; the others (model merges, full
+differences) become private tensors of the touched layers for as long as they are patched. Either way the shared
+alias is what "unpatched" means.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
+import comfy.controlnet
 import comfy.float
 import comfy.lora
 import comfy.model_management
@@ -16,17 +19,37 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from lunashm.client.lowrank import Injection, UnsupportedLayer, inject
+
+from .adapters import update_of
 from .binding import Binding
+from .hostlink import size
 from .trace import UntraceableError
 
 log = logging.getLogger("lunashm.comfy")
 
 _HOST_ATTRIBUTE = "lunashm"
 
+_READ_DIRECTLY = ("position_embedding.weight", "lm_head.weight")
+"""Weights that ComfyUI 0.28 reads without calling their module: nothing put around its forward would be seen."""
+
 
 def binding_of(model: torch.nn.Module) -> Binding | None:
     """The binding of a root module, or None where nothing is shared (a deep copy, say)."""
     return getattr(model, _HOST_ATTRIBUTE, None)
+
+
+def show_patched_weights() -> None:
+    """ControlLora copies the UNet's weights, patches included: have them merged, as in stock, before it looks."""
+    stock = comfy.controlnet.ControlLora.pre_run
+
+    def pre_run(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        patcher = getattr(model, "current_patcher", None)
+        if isinstance(patcher, SharedModelPatcher):
+            patcher.make_all_private("a ControlLora reads them")
+        stock(self, model, *args, **kwargs)
+
+    comfy.controlnet.ControlLora.pre_run = pre_run
 
 
 def check_adoptable(patcher: comfy.model_patcher.ModelPatcher) -> None:
@@ -75,7 +98,9 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def model_size(self) -> int:
         binding = binding_of(self.model)
-        return super().model_size() if binding is None else binding.private_nbytes
+        if binding is None:
+            return super().model_size()
+        return binding.private_nbytes + sum(injection.nbytes for injection in binding.injections.values())
 
     def loaded_size(self) -> int:
         return min(super().loaded_size(), self.model_size())
@@ -121,11 +146,82 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
+        reasons = self._inject_low_rank()
         super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
         self.model.model_loaded_weight_memory = self.model_size()
+        self._report_patches(reasons)
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            for key in reversed(list(self._injections)):
+                self._injections.pop(key).remove()
         super().unpatch_model(None, unpatch_weights=unpatch_weights)
+
+    # -- low-rank patches ----------------------------------------------------------------------------------------------
+
+    @property
+    def _injections(self) -> dict[str, Injection]:
+        """On the model, as clones share it: whoever is loaded next takes off what another clone put on."""
+        binding = binding_of(self.model)
+        return {} if binding is None else binding.injections
+
+    def _inject_low_rank(self) -> Counter[str]:
+        """Put every patch that has a low-rank form around its layer; returns why the others have none."""
+        reasons: Counter[str] = Counter()
+        binding = binding_of(self.model)
+        for key in [] if binding is None else self.patches:
+            if key in self._injections or key in self.backup:
+                continue
+            try:
+                module, weight = self._layer(key)
+                update = update_of(self.patches[key], weight)
+                if update.rank * (weight.shape[0] + weight[0].numel()) > weight.numel():
+                    raise UnsupportedLayer("a rank sum that costs more than the layer itself")
+                injection = inject(module, update)
+            except (UnsupportedLayer, RuntimeError, ValueError, IndexError) as exc:
+                reasons[str(exc)] += 1  # factors of shapes nobody foresaw are stock's to judge
+            else:
+                self._injections[key] = injection
+        return reasons
+
+    def _layer(self, key: str) -> tuple[torch.nn.Module, torch.Tensor]:
+        """Raises UnsupportedLayer for what is not the weight of a layer that is called."""
+        path, _, name = key.rpartition(".")
+        if name != "weight" or key.endswith(_READ_DIRECTLY):
+            raise UnsupportedLayer("a bias, or a weight that is read without calling its layer")
+        weight, set_function, convert_function = comfy.model_patcher.get_key_weight(self.model, key)
+        if set_function is not None or convert_function is not None:
+            raise UnsupportedLayer("a quantised weight")
+        return comfy.utils.get_attr(self.model, path), weight
+
+    def _make_private(self, key: str) -> None:
+        """Merge one injected patch into a private weight after all: something needs to see the weight itself."""
+        injection = self._injections.pop(key, None)
+        if injection is not None:
+            injection.remove()
+            self.patch_weight_to_device(key, device_to=self.load_device)
+
+    def _report_patches(self, reasons: Counter[str]) -> None:
+        if not self.patches:
+            return
+        private = sum(comfy.utils.get_attr(self.model, key).nbytes for key in self.backup)
+        low_rank = sum(injection.nbytes for injection in self._injections.values())
+        why = "".join(f"; {count} for {reason}" for reason, count in reasons.most_common(3))
+        log.info(
+            "[lunashm] %s patched: %d layers low-rank (%s), %d private (%s)%s",
+            type(self.model).__name__, len(self._injections), size(low_rank), len(self.backup), size(private), why,
+        )  # fmt: skip
+
+    def make_all_private(self, why: str) -> None:
+        """Merge every low-rank patch after all, because somebody needs the weights themselves."""
+        if self._injections:
+            log.info("[lunashm] merging %d patched layers into private copies: %s", len(self._injections), why)
+        for key in list(self._injections):
+            self._make_private(key)
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        self.make_all_private("the model is saved")
+        return super().model_state_dict_for_saving(*args, **kwargs)
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         # ComfyUI 0.28: partially_unload() returns bytes freed; shared weights free none, so it goes on to detach().
@@ -134,6 +230,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any
     ) -> Any:
+        if key in self._injections and not kwargs.get("return_weight"):
+            return None  # it is around the layer already
         return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
 
     def pin_weight_to_device(self, key: str) -> None:
@@ -184,6 +282,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def _keep_for_hooks(self, key: str) -> torch.Tensor:
         """The weight as it was before hooks: an alias, kept without copying. Hooks always start from it."""
+        self._make_private(key)  # hooks come on top of the patched weight
         if key not in self.hook_backup:
             weight = comfy.utils.get_attr(self.model, key)
             self.hook_backup[key] = (weight, weight.device)

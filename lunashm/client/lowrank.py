@@ -44,12 +44,20 @@ class Update:
     @property
     def up(self) -> torch.Tensor:
         """B: (out, rank), float32."""
-        return torch.cat(self._ups, dim=1) if self._ups else torch.zeros(self.shape[0], 0)
+        self._concatenate()
+        return self._ups[0] if self._ups else torch.zeros(self.shape[0], 0)
 
     @property
     def down(self) -> torch.Tensor:
         """A: (rank, in, *kernel), float32."""
-        return torch.cat(self._downs) if self._downs else torch.zeros(0, *self.shape[1:])
+        self._concatenate()
+        return self._downs[0] if self._downs else torch.zeros(0, *self.shape[1:])
+
+    def _concatenate(self) -> None:
+        """All terms as one pair, in place of the single ones."""
+        if len(self._ups) > 1:
+            self._ups = [torch.cat(self._ups, dim=1)]
+            self._downs = [torch.cat(self._downs)]
 
     @property
     def nbytes(self) -> int:
@@ -112,12 +120,16 @@ class Injection:
         self._cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._own_forward = module.__dict__.get("forward")
         self._stock: Callable[..., torch.Tensor] = module.forward
-        module.forward = self._forward
+        if not update.is_identity:
+            module.forward = self._forward
 
     @property
     def nbytes(self) -> int:
         """Bytes of factors, and of their casts as far as they were needed."""
-        return self._update.nbytes + sum(a.nbytes + b.nbytes for a, b in self._cast.values())
+        own = {id(t): t.nbytes for pair in self._cast.values() for t in pair}  # float32 needs no cast: counted once
+        own.pop(id(self._update.up), None)
+        own.pop(id(self._update.down), None)
+        return self._update.nbytes + sum(own.values())
 
     def remove(self) -> None:
         """Idempotent. Injections come off in the reverse order they were put on."""
@@ -150,12 +162,12 @@ class Injection:
         return cast
 
 
-def inject(module: torch.nn.Module, update: Update) -> Injection | None:
-    """Put ``update`` around ``module``'s forward; None for an identity, which leaves the module untouched.
+def inject(module: torch.nn.Module, update: Update) -> Injection:
+    """Put ``update`` around ``module``'s forward; an identity leaves the module untouched.
 
     Raises UnsupportedLayer, with the module as it was.
     """
-    return None if update.is_identity else Injection(module, update)
+    return Injection(module, update)
 
 
 class _Branch:

@@ -70,8 +70,7 @@ def test_any_stack_in_float32_is_exact_to_1e_5(kind: str, steps: list[str], seed
     expected = reference(module, update, x)
     injection = inject(module, update)
     assert relative(module(x), expected) <= 1e-5
-    if injection is not None:
-        injection.remove()
+    injection.remove()
 
 
 @torch.no_grad()
@@ -95,7 +94,6 @@ def test_removal_restores_the_module_bit_for_bit_whatever_happened() -> None:
     with pytest.raises(RuntimeError):
         module(torch.randn(3, 7))
     for injection in reversed(injections):
-        assert injection is not None
         injection.remove()
         injection.remove()
     assert torch.equal(module(x), before)
@@ -107,8 +105,19 @@ def test_identity_leaves_the_module_alone() -> None:
     update = Update((4, 4))
     update.add(torch.randn(4, 2), torch.randn(2, 4), factor=0.0)
     update.scale_rows(1.0)
-    assert inject(module, update) is None
+    inject(module, update).remove()
+    injection = inject(module, update)
     assert "forward" not in module.__dict__
+    assert injection.nbytes == 0
+
+
+@torch.no_grad()
+def test_terms_are_kept_once_however_many_they_are() -> None:
+    module = torch.nn.Linear(24, 16)
+    update = random_update(module.weight.shape, ["add", "add", "add"])
+    injection = inject(module, update)
+    module(sample(module))
+    assert injection.nbytes == update.rank * (24 + 16) * 4
 
 
 def test_the_weight_is_never_written() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.workflows import Graph, txt2img_checkpoint
@@ -11,9 +12,9 @@ def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def hook_lora(keyframes: bool = False, seed: int = 1) -> Graph:
-    """A LoRA that is scheduled by hooks on model and CLIP, for the positive prompt only."""
-    graph = txt2img_checkpoint("sd15-tiny.safetensors", seed=seed, steps=4)
+def hook_lora(keyframes: bool = False, loras: Sequence[tuple[str, float, float]] = ()) -> Graph:
+    """A LoRA that is scheduled by hooks on model and CLIP, for the positive prompt only; ``loras`` are below it."""
+    graph = txt2img_checkpoint("sd15-tiny.safetensors", steps=4, loras=loras)
     hooks = ["hook", 0]
     graph["hook"] = _node(
         "CreateHookLora", lora_name="a.safetensors", strength_model=1.0, strength_clip=0.8
@@ -24,7 +25,7 @@ def hook_lora(keyframes: bool = False, seed: int = 1) -> Graph:
         graph["keyed"] = _node("SetHookKeyframes", hooks=hooks, hook_kf=["second", 0])
         hooks = ["keyed", 0]
     graph["hooked"] = _node(
-        "SetClipHooks", clip=["checkpoint", 1], apply_to_conds=True, schedule_clip=False, hooks=hooks
+        "SetClipHooks", clip=graph["positive"]["inputs"]["clip"], apply_to_conds=True, schedule_clip=False, hooks=hooks
     )
     graph["positive"]["inputs"]["clip"] = ["hooked", 0]
     return graph
