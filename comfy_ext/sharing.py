@@ -155,4 +155,4 @@ def _say_once(names: str, reason: str) -> None:
     """I5: each reason once per file, until it could be shared; not for every prompt."""
     if _said.get(names) != reason:
         _said[names] = reason
-        log.warning("[lunashm] %s is loaded locally: %s", names, reason)
+        log.warning("[lunashm] %s is loaded locally, until ComfyUI unloads it: %s", names, reason)

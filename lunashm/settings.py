@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import platformdirs
@@ -88,4 +89,24 @@ def _convert(table: Mapping[str, Any], source: str) -> Settings:
     try:
         return msgspec.convert(table, Settings, strict=False)
     except msgspec.ValidationError as exc:
-        raise SettingsError(f"{source}: {exc}") from exc
+        raise SettingsError(f"{source}: {_advice(table, exc)}") from exc
+
+
+def _advice(table: Mapping[str, Any], error: msgspec.ValidationError) -> str:
+    """What msgspec found, in the words of whoever wrote the setting."""
+    known = {field.name: field for field in msgspec.structs.fields(Settings)}
+    for name in table:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
+            return f"there is no setting {name!r}; {advice}"
+    for name, value in table.items():
+        try:
+            msgspec.convert(value, known[name].type, strict=False)
+        except msgspec.ValidationError:
+            choices = get_args(known[name].type)
+            if choices and all(isinstance(choice, str) for choice in choices):
+                return f"{name} is {value!r}; use {', '.join(choices[:-1])} or {choices[-1]}"
+            kinds = {float: "a number of seconds", tuple: "a list of directories"}
+            return f"{name} is {value!r}; it must be {kinds.get(type(known[name].default), 'text')} ({error})"
+    return str(error)

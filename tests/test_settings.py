@@ -99,3 +99,18 @@ def test_working_directory_that_is_gone_does_not_matter(tmp_path: Path, monkeypa
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert settings.config_path({}) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "advice"),
+    [
+        ({"mode": "forcelocal"}, "use auto, force_daemon or force_local"),
+        ({"falback": "wait"}, "did you mean fallback?"),
+        ({"wait_s": "soon"}, "must be a number of seconds"),
+        ({"roots": 3}, "must be a list of directories"),
+    ],
+)
+def test_wrong_setting_is_named_with_what_would_be_right(table: dict[str, object], advice: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        settings.load(table, {})
+    assert advice in str(error.value)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ def extension() -> Path:
 
 
 def requirement() -> str:
-    """What pip installs to get this very lunashm: the source tree it runs from, or the released version."""
+    """What pip installs to get this very lunashm: the directory it was installed from, or the released version."""
     tree = extension().parent
-    return str(tree) if (tree / "pyproject.toml").is_file() else f"lunashm=={__version__}"
+    if (tree / "pyproject.toml").is_file():
+        return str(tree)
+    origin = json.loads(metadata.distribution("lunashm").read_text("direct_url.json") or "{}").get("url", "")
+    return origin or f"lunashm=={__version__}"

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,8 +18,9 @@ from lunashm import settings
 from lunashm.cli.hosts import DeviceFlag, EndpointFlag, one
 from lunashm.cli.models import dtypes
 from lunashm.cli.output import AsJson, Output, clean, console, count, is_text, size
+from lunashm.client.access import explained
 from lunashm.client.connection import REPLY_S, Connection
-from lunashm.errors import HostTimeout, LunashmError, ModelNotReady, UnsupportedFormat, from_code
+from lunashm.errors import HostTimeout, LunashmError, ModelNotReady, PathNotAllowed, UnsupportedFormat, from_code
 from lunashm.manifest import DtypeRule, check_rules
 
 _LOOK_S = 0.2
@@ -35,22 +36,37 @@ Wait = Annotated[
 ]
 
 
+For = Annotated[
+    Literal["comfyui"] | None,
+    typer.Option("--for", help="The dtypes a ComfyUI on CPU takes, so that it attaches to this load."),
+]
+
+COMFYUI_CPU = ("F32", "cond_stage_model.=F16", "conditioner.=F16", "text_encoders.=F16")
+"""ComfyUI 0.28 with --cpu: UNet and VAE in float32, the text encoders of a checkpoint in fp16."""
+
+
 def load(
     file: Annotated[str, typer.Argument(help="A .safetensors or .sft file below the host's roots.")],
     *,
     dtype: Dtypes = None,
+    for_: For = None,
     wait: Wait = None,
     endpoint: EndpointFlag = None,
     device: DeviceFlag = None,
     as_json: AsJson = False,
 ) -> None:
-    """Load FILE into shared memory, so that every client attaches at once."""
+    """Load FILE into shared memory ahead of time, as stored unless told otherwise.
+
+    A client that wants other dtypes has them loaded beside it: say --for comfyui, or what `lunashm show` says of a
+    model it uses.
+    """
     output = Output(as_json)
     wait_s = settings.load({"wait_s": wait}).wait_s
     path = str(Path(file).expanduser().absolute())
     if not is_text(path):
         raise UnsupportedFormat(f"{path!r} has bytes in its name that are not UTF-8; rename it")
-    request = p.Load(path, rules(dtype or []), wait_s)
+    wanted = [*(COMFYUI_CPU if for_ == "comfyui" else ()), *(dtype or [])]
+    request = p.Load(path, rules(wanted), wait_s)
     bar = _Bar(path)
     with contextlib.ExitStack() as stack:
         connection = Connection(one(endpoint, device), on_event=bar.follow)
@@ -59,6 +75,8 @@ def load(
             stack.enter_context(bar.progress)
         try:
             reply = _await(connection, connection.submit(request), wait_s + REPLY_S)
+        except PathNotAllowed as exc:
+            raise explained(exc, path) from None
         except ModelNotReady:
             if wait_s > 0:
                 raise

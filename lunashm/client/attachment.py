@@ -13,8 +13,17 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import Buffer
 
 from lunashm import settings as settings_module
+from lunashm.client.access import explained
 from lunashm.client.session import Session, session_for
-from lunashm.errors import ForkedProcess, InvalidCheckpoint, LunashmError, ModelNotReady, SettingsError, SourceChanged
+from lunashm.errors import (
+    ForkedProcess,
+    InvalidCheckpoint,
+    LunashmError,
+    ModelNotReady,
+    PathNotAllowed,
+    SettingsError,
+    SourceChanged,
+)
 from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
 from lunashm.paths import Endpoint
 from lunashm.settings import Fallback
@@ -48,7 +57,10 @@ class Attachment:
     @classmethod
     def open(cls, session: Session, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Attachment:
         """Attach through ``session``. Raises what the host answers; I4: all of the model or an error."""
-        reply, buffers, epoch = session.attach(path, rules, wait_s)
+        try:
+            reply, buffers, epoch = session.attach(path, rules, wait_s)
+        except PathNotAllowed as exc:
+            raise explained(exc, path) from None
         manifest = reply.manifest
         validate(manifest)
         if tuple(handle.nbytes for handle in reply.handles) != manifest.segments:

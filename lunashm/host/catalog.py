@@ -143,7 +143,7 @@ class Catalog:
 
     def names(self) -> dict[int, str]:
         """A distinct name for each generation: file name, with its folder where two files share one, and ``@id`` for
-        all but one of the same file: the newest that is still lent."""
+        all but one of the same file: the first that is still lent."""
         files = {(g.manifest.name, g.manifest.source.path) for g in self.all}
         shared = Counter(name for name, _ in files)
         names: dict[int, str] = {}
@@ -196,5 +196,5 @@ class Catalog:
 
 
 def _prominence(generation: Generation) -> tuple[bool, int]:
-    """Which of several a plain name means: what is lent before what drains, then the newest."""
-    return generation.state is State.READY, generation.id
+    """Which of several a plain name means: what is lent before what drains, then the one that had it first."""
+    return generation.state is State.READY, -generation.id

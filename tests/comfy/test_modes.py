@@ -72,7 +72,7 @@ def test_a_pickle_is_not_shared_and_force_daemon_says_so(configured: Configured,
             configured.server.render(txt2img_checkpoint("pickle.ckpt"))
         configured.mode("auto")
         configured.server.render(txt2img_checkpoint("pickle.ckpt"))
-        assert "pickle.ckpt is loaded locally: " in configured.server.log_text()
+        assert "pickle.ckpt is loaded locally" in configured.server.log_text()
     finally:
         pickle.unlink()
 
@@ -94,6 +94,14 @@ def test_a_file_outside_the_roots_is_loaded_locally_with_the_hosts_reason(
         workflow = txt2img_checkpoint(SD15, seed=5)
         assert configured.server.render(workflow) == stock.render(workflow)
     assert "is outside the host's roots" in configured.server.log_text()
+
+
+def test_a_load_for_comfyui_is_what_comfyui_attaches_to(configured: Configured, runtime: Path, models: Path) -> None:
+    with running_host(runtime, [models]) as host:
+        host.ask("load", str(models / "checkpoints" / SD15), "--for", "comfyui")
+        configured.mode("auto")
+        configured.server.render(txt2img_checkpoint(SD15, seed=7))
+        assert [(model["name"], model["clients"]) for model in host.models()] == [(SD15, 1)]
 
 
 def test_a_host_that_starts_later_is_found_without_a_restart(

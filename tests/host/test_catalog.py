@@ -125,10 +125,10 @@ def test_files_of_one_name_are_told_apart_by_their_folder(books: Books) -> None:
     assert names(books) == ["one/a.safetensors", "two/a.safetensors"]
 
 
-def test_older_generations_of_one_file_carry_their_number(books: Books) -> None:
+def test_later_generations_of_one_file_carry_their_number(books: Books) -> None:
     for content in "xyz":
         books.add("/m/a.safetensors", content)
-    assert names(books) == ["a.safetensors@1", "a.safetensors@2", "a.safetensors"]
+    assert names(books) == ["a.safetensors", "a.safetensors@2", "a.safetensors@3"]
 
 
 def test_names_are_always_distinct(books: Books) -> None:
@@ -144,10 +144,10 @@ def test_model_is_found_by_name_path_link_and_digest(books: Books) -> None:
         assert books.catalog.find(name) is generation
 
 
-def test_plain_name_means_the_newest_generation(books: Books) -> None:
+def test_plain_name_stays_with_the_first_generation(books: Books) -> None:
     old, new = books.add("/m/a.safetensors", "x"), books.add("/m/a.safetensors", "y")
-    assert books.catalog.find("a.safetensors") is books.catalog.find("/m/a.safetensors") is new
-    assert books.catalog.find("a.safetensors@1") is old
+    assert books.catalog.find("a.safetensors") is books.catalog.find("/m/a.safetensors") is old
+    assert books.catalog.find("a.safetensors@2") is new
 
 
 def test_plain_name_means_what_is_lent_rather_than_what_drains(books: Books) -> None:
