@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,7 +58,9 @@ class Place:
 class SharedFile:
     """One file as one model shows it: an attachment of its own, so that a model can be renewed by itself."""
 
-    def __init__(self, attachment: Attachment, session: Session, places: list[Place]) -> None:
+    def __init__(self, name: str, attachment: Attachment, session: Session, places: list[Place]) -> None:
+        """``name``: the file as ComfyUI calls it; the host may know its bytes by another."""
+        self.name = name
         self.attachment = attachment
         self.places = places
         self._session = session
@@ -102,7 +105,7 @@ class SharedFile:
             reason = exc.message
         if reason != self._told:
             self._told = reason
-            log.warning("[lunashm] %s stays on the old copy for now: %s", old.manifest.name, reason)
+            log.warning("[lunashm] %s stays on the old copy for now: %s", self.name, reason)
         return None
 
     def switch(self, fresh: Attachment) -> None:
@@ -110,7 +113,7 @@ class SharedFile:
         old, self.attachment = self.attachment, fresh
         self.bind()
         old.close()
-        log.info("[lunashm] re-attached %s (generation %d)", fresh.manifest.name, fresh.manifest.generation)
+        log.info("[lunashm] re-attached %s (generation %d)", self.name, fresh.manifest.generation)
 
 
 _live: weakref.WeakSet[SharedFile] = weakref.WeakSet()
@@ -193,7 +196,7 @@ def bind(
             raise InvalidCheckpoint(f"host's copy of {local.path} lacks {origin.name!r}; unload it and load it again")
         if theirs.dtype == slot.dtype:
             places.append(Place(weakref.ref(slot.owner), slot.name, origin.name, origin.start, tensor.shape))
-    result = SharedFile(attachment, session, places)
+    result = SharedFile(Path(local.path).name, attachment, session, places)
     result.bind()
     return result
 

@@ -130,7 +130,7 @@ def _report(files: list[binding.SharedFile], private: list[tuple[str, Any]]) -> 
     private_nbytes = total = sum(tensor.nbytes for _, tensor in private)
     by_name: dict[str, list[binding.SharedFile]] = {}
     for file in files:
-        by_name.setdefault(file.attachment.manifest.name, []).append(file)
+        by_name.setdefault(file.name, []).append(file)
     for name, parts in by_name.items():
         tensors, nbytes = sum(len(part.places) for part in parts), sum(part.nbytes for part in parts)
         figures = name, tensors, size(nbytes), size(private_nbytes)
