@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from statistics import fmean
 from bench import checkpoints, workload
 from bench.checkpoints import ROOT
 from bench.host import HostProcess
+from bench.quiet import cpu_s
 from bench.report import Figure, Report, add_arguments, emit
 
 CLIENT = """
@@ -34,14 +34,7 @@ assert "torch" not in sys.modules
 print("attached", flush=True)
 sys.stdin.read()
 """
-TICKS = os.sysconf("SC_CLK_TCK")
 SETTLE_S = 3.0
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of a process so far, ended threads included."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def start_client(file: Path, host: HostProcess) -> subprocess.Popen[str]:
