@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from lunashm.client import Attachment, Session
-from lunashm.client.lowrank import Injection
 from lunashm.errors import ForkedProcess, InvalidCheckpoint, LunashmError, ModelNotReady, SourceChanged
 from lunashm.manifest import DtypeRule
 from lunashm.views import NAMES
 
+from .layers import PatchedLayers
 from .rules import rules_for
 from .trace import FileTensors, Origin, Slot, Trace
 
@@ -133,7 +133,7 @@ class Binding:
     def __init__(self, files: list[SharedFile], private_nbytes: int) -> None:
         self.files = files
         self.private_nbytes = private_nbytes
-        self.injections: dict[str, Injection] = {}
+        self.layers = PatchedLayers()
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None  # a deep copy of the module has private parameters: nothing is bound there

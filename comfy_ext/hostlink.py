@@ -19,6 +19,7 @@ from lunashm.paths import Endpoint
 from lunashm.protocol import Event, LoadProgress, UnloadRequested
 
 from . import binding
+from .units import size
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -106,8 +107,3 @@ def _let_go(event: UnloadRequested) -> None:
     log.warning("[lunashm] the host asks to let go of %s: freeing models after the current prompt", event.name)
     queue.set_flag("unload_models", True)
     queue.set_flag("free_memory", True)
-
-
-def size(nbytes: int) -> str:
-    """``4.27 GB`` or ``3.2 MB``."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

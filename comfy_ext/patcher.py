@@ -1,8 +1,7 @@
 """A ModelPatcher that never moves, writes, pins or counts shared bytes.
 
-Patches that have a low-rank form (LoRA and its kin) are put around the layers; the others (model merges, full
-differences) become private tensors of the touched layers for as long as they are patched. Either way the shared
-alias is what "unpatched" means.
+Patches are put around the layers (``layers.py``); what cannot be (biases, norms) becomes private tensors for as long as
+it is patched. Either way the shared alias is what "unpatched" means.
 """
 
 from __future__ import annotations
@@ -19,19 +18,21 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from lunashm.client.lowrank import Injection, UnsupportedLayer, inject
+from lunashm import settings
+from lunashm.client.lowrank import UnsupportedLayer, Update
 
-from .adapters import update_of
 from .binding import Binding
-from .hostlink import size
+from .layers import PatchedLayers, Rungs
 from .trace import UntraceableError
+from .units import size
 
 log = logging.getLogger("lunashm.comfy")
 
 _HOST_ATTRIBUTE = "lunashm"
 
-_READ_DIRECTLY = ("position_embedding.weight", "lm_head.weight")
-"""Weights that ComfyUI 0.28 reads without calling their module: nothing put around its forward would be seen."""
+
+class PrivateBudgetError(RuntimeError):
+    """Patches would copy more of the shared weights than ``private_gb`` allows; the model is as it was."""
 
 
 def binding_of(model: torch.nn.Module) -> Binding | None:
@@ -100,7 +101,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         binding = binding_of(self.model)
         if binding is None:
             return super().model_size()
-        return binding.private_nbytes + sum(injection.nbytes for injection in binding.injections.values())
+        return binding.private_nbytes + binding.layers.nbytes
 
     def loaded_size(self) -> int:
         return min(super().loaded_size(), self.model_size())
@@ -146,93 +147,111 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        reasons = self._inject_low_rank()
+        reasons = self._put_around_layers()
+        if force_patch_weights and not hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving"):
+            self.make_all_private("they are saved")  # ComfyUI 0.8 saves what the model shows
         super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
         self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(reasons)
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
-            for key in reversed(list(self._injections)):
-                self._injections.pop(key).remove()
+            self._layers.take_off_all()
         super().unpatch_model(None, unpatch_weights=unpatch_weights)
 
-    # -- low-rank patches ----------------------------------------------------------------------------------------------
+    # -- patches: around the layers, or in private tensors -------------------------------------------------------------
 
     @property
-    def _injections(self) -> dict[str, Injection]:
-        """On the model, as clones share it: whoever is loaded next takes off what another clone put on."""
+    def _layers(self) -> PatchedLayers:
         binding = binding_of(self.model)
-        return {} if binding is None else binding.injections
+        return PatchedLayers() if binding is None else binding.layers
 
-    def _inject_low_rank(self) -> Counter[str]:
-        """Put every patch that has a low-rank form around its layer; returns why the others have none."""
+    @property
+    def rungs(self) -> Rungs:
+        """How the patches that are applied now were done, layer by layer counted."""
+        return self._layers.rungs
+
+    def _put_around_layers(self) -> Counter[str]:
+        """Everything that needs no copy; returns why the rest does. Raises PrivateBudgetError, with nothing applied."""
         reasons: Counter[str] = Counter()
-        binding = binding_of(self.model)
+        binding, layers = binding_of(self.model), self._layers
+        private: list[str] = []
         for key in [] if binding is None else self.patches:
-            if key in self._injections or key in self.backup:
+            if key in layers or key in self.backup:
                 continue
             try:
-                module, weight = self._layer(key)
-                update = update_of(self.patches[key], weight)
-                if update.rank * (weight.shape[0] + weight[0].numel()) > weight.numel():
-                    raise UnsupportedLayer("a rank sum that costs more than the layer itself")
-                injection = inject(module, update)
+                layers.put(self.model, key, layers.update_for(self.model, key, self.patches[key]))
             except (UnsupportedLayer, RuntimeError, ValueError, IndexError) as exc:
                 reasons[str(exc)] += 1  # factors of shapes nobody foresaw are stock's to judge
-            else:
-                self._injections[key] = injection
+                private.append(key)
+        self._check_budget(private, reasons)
         return reasons
 
-    def _layer(self, key: str) -> tuple[torch.nn.Module, torch.Tensor]:
-        """Raises UnsupportedLayer for what is not the weight of a layer that is called."""
-        path, _, name = key.rpartition(".")
-        if name != "weight" or key.endswith(_READ_DIRECTLY):
-            raise UnsupportedLayer("a bias, or a weight that is read without calling its layer")
-        weight, set_function, convert_function = comfy.model_patcher.get_key_weight(self.model, key)
-        if set_function is not None or convert_function is not None:
-            raise UnsupportedLayer("a quantised weight")
-        return comfy.utils.get_attr(self.model, path), weight
+    def _check_budget(self, keys: list[str], reasons: Counter[str]) -> None:
+        budget = settings.load().private_gb * 1e9
+        sizes = {key: comfy.utils.get_attr(self.model, key).nbytes for key in keys}
+        if sum(sizes.values()) <= budget:
+            return
+        largest = max(sizes, key=lambda key: sizes[key])
+        raise PrivateBudgetError(
+            f"[lunashm] {len(keys)} patched tensors of {type(self.model).__name__} need private copies of "
+            f"{size(sum(sizes.values()))}, the largest {largest} ({reasons.most_common(1)[0][0]}); allowed are "
+            f"{size(int(budget))}. Raise private_gb (LUNASHM_PRIVATE_GB), or leave out the LoRA that patches them"
+        )
 
     def _make_private(self, key: str) -> None:
-        """Merge one injected patch into a private weight after all: something needs to see the weight itself."""
-        injection = self._injections.pop(key, None)
-        if injection is not None:
-            injection.remove()
+        """Merge one patch that is around its layer into a private weight after all: something needs the weight."""
+        if self._layers.take_off(key):
             self.patch_weight_to_device(key, device_to=self.load_device)
 
     def _report_patches(self, reasons: Counter[str]) -> None:
+        rungs = self._layers.count(self.model, list(self.backup), reasons)
         if not self.patches:
             return
-        private = sum(comfy.utils.get_attr(self.model, key).nbytes for key in self.backup)
-        low_rank = sum(injection.nbytes for injection in self._injections.values())
-        why = "".join(f"; {count} for {reason}" for reason, count in reasons.most_common(3))
-        log.info(
-            "[lunashm] %s patched: %d layers low-rank (%s), %d private (%s)%s",
-            type(self.model).__name__, len(self._injections), size(low_rank), len(self.backup), size(private), why,
-        )  # fmt: skip
+        name = type(self.model).__name__
+        log.info("[lunashm] %s patched: %s", name, rungs)
+        merged = [key for key in self.patches if any(isinstance(patch[1], list) for patch in self.patches[key])]
+        if merged and rungs.transient:
+            nbytes = sum(comfy.utils.get_attr(self.model, key).nbytes for key in merged)
+            log.warning(
+                "[lunashm] %s is a merge: %d layers (%s) are merged anew at every step, which costs time, not memory; "
+                "to have it fast, save the merged checkpoint once and load that",
+                name, len(merged), size(nbytes),
+            )  # fmt: skip
 
     def make_all_private(self, why: str) -> None:
-        """Merge every low-rank patch after all, because somebody needs the weights themselves."""
-        if self._injections:
-            log.info("[lunashm] merging %d patched layers into private copies: %s", len(self._injections), why)
-        for key in list(self._injections):
+        """Merge every patch into private weights after all, because somebody needs the weights themselves."""
+        keys = list(self._layers.injections)
+        if keys:
+            log.info("[lunashm] merging %d patched layers into private copies: %s", len(keys), why)
+        for key in keys:
             self._make_private(key)
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        self.make_all_private("the model is saved")
-        return super().model_state_dict_for_saving(*args, **kwargs)
+        # ComfyUI 0.28 merges one tensor at a time while the file is written, if the module does not say it was patched
+        modules = [comfy.utils.get_attr(self.model, key.rpartition(".")[0]) for key in self._layers.injections]
+        for module in modules:
+            module.comfy_patched_weights = False
+        try:
+            return super().model_state_dict_for_saving(*args, **kwargs)
+        finally:
+            for module in modules:
+                module.comfy_patched_weights = True
+
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
+    ) -> Any:
+        if return_weight:
+            if key in self.backup:
+                return comfy.utils.get_attr(self.model, key)  # patched already
+            return super().patch_weight_to_device(key, device_to, return_weight=True, **kwargs)
+        if key in self._layers:
+            return None  # it is around the layer already
+        return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         # ComfyUI 0.28: partially_unload() returns bytes freed; shared weights free none, so it goes on to detach().
         return 0
-
-    def patch_weight_to_device(
-        self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any
-    ) -> Any:
-        if key in self._injections and not kwargs.get("return_weight"):
-            return None  # it is around the layer already
-        return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
 
     def pin_weight_to_device(self, key: str) -> None:
         pass  # pinning would lock every client's pages
@@ -243,12 +262,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     def unpin_all_weights(self) -> None:
         pass
 
-    # -- weight hooks: stock copies into the weights, here the touched ones are replaced -------------------------------
-
-    def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
-        self._keep_for_hooks(key)
-        weight, device = cached_weights[key]
-        comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
+    # -- weight hooks: stock copies into the weights; here the layers' updates are exchanged ---------------------------
 
     def patch_hook_weight_to_device(
         self,
@@ -260,21 +274,36 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     ) -> None:
         if key not in combined_patches:
             return
-        weight = self._keep_for_hooks(key)
-        merged = comfy.lora.calculate_weight(
-            combined_patches[key],
-            weight.to(device=weight.device, dtype=torch.float32, copy=True),
-            key,
-            original_weights=original_weights,
-        )
-        original_weights.pop(key, None)
-        merged = comfy.float.stochastic_rounding(merged, weight.dtype, seed=comfy.utils.string_to_seed(key))
-        comfy.utils.set_attr_param(self.model, key, merged)
+        patches = [*self.patches.get(key, []), *combined_patches[key]]
+        try:
+            if key in self.backup:
+                raise UnsupportedLayer("a private copy already")
+            done = self._layers.update_for(self.model, key, patches, original_weights)
+            self._layers.put_hook(self.model, key, done)
+        except (UnsupportedLayer, RuntimeError, ValueError, IndexError):
+            done = self._merge_hook(combined_patches[key], key, original_weights)
+            comfy.utils.set_attr_param(self.model, key, done)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
-            self.cached_hook_patches.setdefault(hooks, {})[key] = (merged, weight.device)
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (done, self.load_device)
+
+    def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
+        done = cached_weights[key][0]
+        if isinstance(done, Update):
+            self._layers.put_hook(self.model, key, done)
+        else:
+            self._keep_for_hooks(key)
+            comfy.utils.set_attr_param(self.model, key, done)
+
+    def _merge_hook(self, patches: list[Any], key: str, original_weights: dict[str, Any]) -> torch.Tensor:
+        """A tensor that no layer is called for, with a hook's patches: a private one, small."""
+        weight = self._keep_for_hooks(key)
+        base = weight.to(device=weight.device, dtype=torch.float32, copy=True)
+        merged = comfy.lora.calculate_weight(patches, base, key, original_weights=original_weights)
+        return comfy.float.stochastic_rounding(merged, weight.dtype, seed=comfy.utils.string_to_seed(key))
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         with self.use_ejected():
+            self._layers.unhook(whitelist_keys_set or None)
             for key in [k for k in self.hook_backup if not whitelist_keys_set or k in whitelist_keys_set]:
                 comfy.utils.set_attr_param(self.model, key, self.hook_backup.pop(key)[0])
             if not whitelist_keys_set:

@@ -19,9 +19,9 @@ from lunashm.errors import LoadTimeout, LunashmError, ModelNotReady, SettingsErr
 from lunashm.manifest import DtypeRule
 
 from . import binding, hostlink
-from .hostlink import size
 from .patcher import adopt, check_adoptable
 from .trace import Trace, UntraceableError
+from .units import size
 
 log = logging.getLogger("lunashm.comfy")
 

@@ -22,12 +22,14 @@ Mode = Literal["auto", "force_daemon", "force_local"]
 Fallback = Literal["wait", "local", "fail"]
 Patience = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Ttl = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Gigabytes = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``roots``: directories whose files a host may open. ``endpoint``: a control URL; empty means the device's own.
 
     ``fallback``: what a client does while the host is still loading; ``wait_s`` how long it waits at most.
+    ``private_gb``: what patches of one model may copy into a ComfyUI's own memory, in 1e9 bytes.
     """
 
     device: str = "cpu"
@@ -38,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fallback: Fallback = "wait"
     wait_s: Patience = 600.0
     lease_ttl_s: Ttl = 15.0
+    private_gb: Gigabytes = 2.0
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
