@@ -107,7 +107,8 @@ def read(path: str) -> LoraFile:
     if Path(path).suffix.lower() not in (".safetensors", ".sft"):
         raise UnsupportedFormat(f"{path} is not a safetensors file; pickles are not opened, convert it first")
     try:
-        with safe_open(path, framework="pt") as file:
+        # inference tensors, if that is the caller's mode, would be of no use outside it
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
             metadata = file.metadata() or {}
     except OSError as exc:

@@ -52,12 +52,12 @@ class Term:
     def _add_dora(
         self, update: Update, weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, magnitude: torch.Tensor
     ) -> None:
-        """W -> (1 - s) W + s e * (W + dW), e = magnitude / norm of (W + dW): per output, or LyCORIS's per input.
+        """W -> (1 - s) W + s e * (W + dW), e = magnitude / norm of W + dW: per output or per input.
 
-        arXiv 2402.09353, and what peft and LyCORIS compute at strength 1; at others it is so much of the way there.
+        arXiv 2402.09353, as PEFT computes it at strength 1; other strengths go so much of the way from W to there.
         """
         s, factor = self.strength, self.strength * self.scale
-        after = update.apply_to(weight)
+        after = update.apply_to(weight.detach().cpu())  # where the factors are
         after += ((up * self.scale) @ down).reshape(after.shape)
         rows, columns = after.shape[:2]
         if magnitude.shape[0] == magnitude.numel() == rows:

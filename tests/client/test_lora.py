@@ -181,6 +181,19 @@ def test_dora_computes_magnitude_times_direction(tmp_path: Path, shape: tuple[in
     assert close(run(net), merged(fresh(), change))
 
 
+@pytest.mark.parametrize("shape", [(12, 1, 1), (1, 8, 1)], ids=["per output", "per input"])
+def test_dora_of_a_convolution_does_the_same(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    net, tensors, magnitude = fresh(), kohya(1, ("conv_in",)), torch.rand(shape) + 0.5
+    stored = {**tensors, "lora_unet_conv_in.dora_scale": magnitude}
+    apply_lora([net], write(tmp_path / "a.safetensors", stored))
+
+    def change(name: str, w: torch.Tensor) -> torch.Tensor:
+        after = w + delta(tensors, name, w.shape)
+        return magnitude * after / after.norm(dim=(1, 2) if shape[0] > 1 else (0, 2), keepdim=True)
+
+    assert close(run(net), merged(fresh(), lambda name, w: change(name, w) if name == "conv_in" else w))
+
+
 def test_strength_0_is_no_lora_to_the_bit(tmp_path: Path) -> None:
     net = fresh()
     before = run(net)
@@ -195,6 +208,16 @@ def test_stored_dtype_of_factors_does_not_matter(tmp_path: Path, dtype: torch.dt
     net, tensors = fresh(), {key: tensor.to(dtype) for key, tensor in kohya(1).items()}
     apply_lora([net], write(tmp_path / "a.safetensors", tensors))
     assert close(run(net), merged(fresh(), lambda name, w: w + delta(tensors, name, w.shape)))
+
+
+def test_lora_applied_in_inference_mode_serves_gradients_too(tmp_path: Path) -> None:
+    net = fresh()
+    with torch.inference_mode():
+        apply_lora([net], write(tmp_path / "a.safetensors", kohya(1)))
+        run(net)
+    net.tokens.weight.requires_grad_()
+    net(IDS).square().sum().backward()
+    assert net.tokens.weight.grad is not None
 
 
 # -- stacks ------------------------------------------------------------------------------------------------------------
