@@ -1,5 +1,7 @@
 """The main job in two minutes: four processes denoise with one copy of a model's weights, then with four.
 
+Each has a LoRA of its own, on weights that it cannot write.
+
 Needs no ComfyUI and no download: the model has random weights and is as large as this machine can show. Where
 $LUNASHM_COMFYUI or ~/ComfyUI is a ComfyUI checkout, real ComfyUI servers do the same afterwards.
 
@@ -19,10 +21,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
-from bench import demo_comfy, demo_report
+from bench import demo_comfy, demo_lora, demo_report
 from bench.demo_model import PRESETS, DemoError, Preset, by_name, choose
 from bench.demo_processes import CLIENT_S, Child, clients, host, run
 from bench.demo_report import Comparison, Memory
@@ -74,8 +77,9 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
                 _show(comparisons, comfy, args.out, console)
         elif not args.no_comfy:
             _say(console, "No ComfyUI checkout found ($LUNASHM_COMFYUI or ~/ComfyUI): its part is left out.")
-    if any(comparison.identical != comparison.outputs for comparison in comparisons):
-        raise DemoError("outputs differ between shared and private weights; that must never be")
+    faults = [fault for comparison in comparisons for fault in comparison.faults]
+    if faults:
+        raise DemoError(f"{'; '.join(faults)}; that must never be")
 
 
 def _show(comparisons: Sequence[Comparison], comfy: Path | None, out: Path, console: Console) -> None:
@@ -137,14 +141,16 @@ def _preset(args: argparse.Namespace, folder: Path, console: Console) -> Preset:
 
 
 def _diffusers(preset: Preset, folder: Path, number: int, steps: int, console: Console) -> Comparison:
-    """The same clients with the same seeds, on one copy of the weights and on a copy each."""
+    """The same clients on one copy of the weights and on a copy each. One seed for all: what differs is the LoRA."""
     models = folder / "models"
     models.mkdir()
     model = models / f"unet-{preset.name}.safetensors"
     with console.status("making a diffusion model with random weights"):
         run(["bench.demo_model", preset.name, str(model)], folder, "making the model")
+        run(["bench.demo_lora", str(model), str(folder / "loras"), str(number)], folder, "making the LoRAs")
     threads = max(1, len(os.sched_getaffinity(0)) // number)
-    flags = [[str(model), "--seed", str(s), "--steps", str(steps), "--threads", str(threads)] for s in range(number)]
+    common = [str(model), "--seed", "1", "--steps", str(steps), "--threads", str(threads)]
+    flags = [[*common, "--lora", str(demo_lora.path_of(folder / "loras", own))] for own in range(number)]
 
     with host(folder, models) as (server, url):
         ways = [["shared", *own, "--endpoint", url] for own in flags]
@@ -160,7 +166,7 @@ def _diffusers(preset: Preset, folder: Path, number: int, steps: int, console: C
             private = _wait(children)
         private_memory = _measure(children)
 
-    pairs = zip(shared, private, strict=True)
+    pairs = list(zip(shared, private, strict=True))
     found = Comparison(
         title=f"{number} diffusers processes, one {preset.nbytes / 1e6:,.0f} MB model",
         model_nbytes=preset.nbytes,
@@ -169,12 +175,16 @@ def _diffusers(preset: Preset, folder: Path, number: int, steps: int, console: C
         load_s={"private": [r["load_s"] for r in private], "shared": [r["load_s"] for r in shared]},
         identical=sum(a["sha256"] == b["sha256"] and bool(a["finite"]) for a, b in pairs),
         outputs=number,
+        loras=[demo_lora.style_of(own) for own in range(number)],
+        distinct=len({r["sha256"] for r in shared}),
+        checksums=[checksum for r in shared for checksum in r["sums"]],
     )
     _tell(found, f"latents after {steps} steps", "bit-identical", console)
+    _tell_loras(found, console)
     return found
 
 
-def _wait(children: Sequence[Child]) -> list[dict[str, float | str]]:
+def _wait(children: Sequence[Child]) -> list[dict[str, Any]]:
     return [child.line(CLIENT_S) for child in children]
 
 
@@ -193,6 +203,13 @@ def _tell(found: Comparison, outputs: str, word: str, console: Console) -> None:
         _say(console, f"All {found.outputs} {outputs}: {word} with shared and with private weights.")
     else:
         _say(console, f"{found.outputs - found.identical} OF {found.outputs} {outputs.upper()} DIFFER")
+
+
+def _tell_loras(found: Comparison, console: Console) -> None:
+    _say(console, "Each client had a LoRA of its own on the same seed, on shared weights as on private ones:")
+    different = "all different" if found.distinct == found.outputs else f"ONLY {found.distinct} DIFFERENT"
+    bytes_ = "unchanged" if found.untouched else "CHANGED"
+    _say(console, f"{found.outputs} latents, {different}; the shared bytes are {bytes_} (BLAKE3, before and after).")
 
 
 if __name__ == "__main__":

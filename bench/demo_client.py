@@ -1,9 +1,9 @@
-"""One client of the demo: gets a UNet's weights, shared or private, and denoises with them through diffusers.
+"""One client of the demo: gets a UNet's weights, shared or private, and denoises with them and a LoRA of its own.
 
 This is all that a program needs to share its weights; nothing in it knows ComfyUI. It prints one JSON line when its
 steps are done, then keeps its model until stdin closes, so that it can be measured beside the others.
 
-    python -m bench.demo_client shared MODEL --endpoint ipc:///run/user/1000/lunashm/cpu.sock
+    python -m bench.demo_client shared MODEL --lora FILE --endpoint ipc:///run/user/1000/lunashm/cpu.sock
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bench.demo_model import config_of
-from lunashm.client import attach
+from lunashm.client import Attachment, attach
+from lunashm.client.lora import apply_lora
 from lunashm.errors import LunashmError
 
 GUIDANCE = 5.0
@@ -36,11 +38,10 @@ def empty_unet(config: dict[str, Any]) -> UNet2DConditionModel:
         return UNet2DConditionModel(**config).eval().requires_grad_(False)
 
 
-def shared_unet(stack: contextlib.ExitStack, path: str, endpoint: str, label: str) -> UNet2DConditionModel:
-    """Its parameters are the host's bytes; ``stack`` holds the attachment."""
-    model = stack.enter_context(attach(path, endpoint=endpoint, kind="diffusers", label=label))
+def shared_unet(model: Attachment) -> UNet2DConditionModel:
+    """Its parameters are the host's bytes."""
     unet = empty_unet(config_of(model.metadata))
-    unet.load_state_dict(model.state_dict(), assign=True)
+    model.load_into(unet)
     return unet
 
 
@@ -88,30 +89,44 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lora", default="", help="a LoRA for this client alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)  # sums are split by thread: equal outputs need an equal number
     with contextlib.ExitStack() as stack:
-        began = time.monotonic()
         try:
-            shared = args.way == "shared"
-            label = f"seed {args.seed}"
-            unet = shared_unet(stack, args.model, args.endpoint, label) if shared else private_unet(args.model)
+            unet, result = _run(stack, args)
         except LunashmError as exc:
             sys.exit(exc.message)
-        check_whole(unet)
-        loaded = time.monotonic()
-        latents = denoise(unet, args.seed, args.steps)
-        result = {
-            "seed": args.seed,
-            "load_s": loaded - began,
-            "steps_s": time.monotonic() - loaded,
-            "sha256": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
-            "finite": bool(latents.isfinite().all()),
-            "std": float(latents.std()),
-        }
         print(json.dumps(result), flush=True)
         sys.stdin.read()
         del unet
+
+
+def _run(stack: contextlib.ExitStack, args: argparse.Namespace) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    """Load, apply the LoRA, denoise. ``stack`` holds attachment and LoRA; ``sums`` are of the shared bytes, before
+    and after."""
+    began = time.monotonic()
+    model = None
+    if args.way == "shared":
+        label = Path(args.lora).stem or f"seed {args.seed}"
+        model = stack.enter_context(attach(args.model, endpoint=args.endpoint, kind="diffusers", label=label))
+    unet = private_unet(args.model) if model is None else shared_unet(model)
+    check_whole(unet)
+    loaded = time.monotonic()
+    sums = [] if model is None else [model.checksum()]
+    if args.lora:
+        stack.enter_context(apply_lora([unet], args.lora) if model is None else model.apply_lora(args.lora))
+    begun = time.monotonic()
+    latents = denoise(unet, args.seed, args.steps)
+    return unet, {
+        "seed": args.seed,
+        "load_s": loaded - began,
+        "steps_s": time.monotonic() - begun,
+        "sha256": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
+        "finite": bool(latents.isfinite().all()),
+        "std": float(latents.std()),
+        "sums": sums if model is None else [*sums, model.checksum()],
+    }
 
 
 if __name__ == "__main__":

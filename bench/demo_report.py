@@ -25,7 +25,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same processes twice. ``shared`` ends with the host, where there is one."""
+    """The same processes twice. ``shared`` ends with the host, where there is one.
+
+    Where each process has a LoRA of its own, ``loras`` says what kind of file, ``distinct`` how many outputs differ
+    from all others, and ``checksums`` are those of the shared bytes that all processes saw, before and after.
+    """
 
     title: str
     model_nbytes: int
@@ -34,6 +38,25 @@ class Comparison:
     load_s: Mapping[str, Sequence[float]]
     identical: int
     outputs: int
+    loras: Sequence[str] = ()
+    distinct: int = 0
+    checksums: Sequence[str] = ()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether every process saw the same shared bytes before and after all of them had used their LoRAs."""
+        return len(set(self.checksums)) <= 1
+
+    @property
+    def faults(self) -> list[str]:
+        """What must never be, and was."""
+        alike = self.outputs - self.distinct if self.loras else 0
+        found = {
+            "outputs differ between shared and private weights": self.identical != self.outputs,
+            f"{alike} outputs are alike although each process has a LoRA of its own": alike > 0,
+            "the shared bytes changed": not self.untouched,
+        }
+        return [fault for fault, happened in found.items() if happened]
 
     @property
     def without(self) -> int:
@@ -56,17 +79,21 @@ def print_table(comparison: Comparison, console: Console) -> None:
     """Per process, then total and what is saved."""
     table = Table(title=comparison.title, title_justify="left", caption_justify="left")
     table.add_column("process")
+    if comparison.loras:
+        table.add_column("LoRA\nfile")
     for way in ("without sharing", "with sharing"):
         table.add_column(f"{way}\nPSS", justify="right")
         table.add_column("of it alone\nUSS", justify="right")
     private = {memory.name: memory for memory in comparison.private}
-    for shared in comparison.shared:
+    blank = [""] * bool(comparison.loras)
+    for number, shared in enumerate(comparison.shared):
         before = private.get(shared.name)
         cells = (_mb(before.pss), _mb(before.uss)) if before else ("-", "-")
-        table.add_row(shared.name, *cells, _mb(shared.pss), _mb(shared.uss))
+        own = [*comparison.loras, "-"][number : number + 1] if comparison.loras else []
+        table.add_row(shared.name, *own, *cells, _mb(shared.pss), _mb(shared.uss))
     table.add_section()
-    table.add_row("total", _mb(comparison.without), "", _mb(comparison.with_sharing), "", style="bold")
-    table.add_row("saved", "", "", _mb(comparison.saved), f"{_percent(comparison)}", style="bold green")
+    table.add_row("total", *blank, _mb(comparison.without), "", _mb(comparison.with_sharing), "", style="bold")
+    table.add_row("saved", *blank, "", "", _mb(comparison.saved), f"{_percent(comparison)}", style="bold green")
     console.print()
     console.print(table)
 
@@ -116,6 +143,10 @@ def write(comparisons: Sequence[Comparison], out: Path, comfy: Path | None) -> N
             Figure(f"{prefix}saved", saved_share, "share of without"),
             Figure(f"{prefix}outputs that are not identical", comparison.outputs - comparison.identical, "", "<= 0"),
         ]
+        if comparison.loras:
+            alike = comparison.outputs - comparison.distinct
+            figures.append(Figure(f"{prefix}outputs alike, each with a LoRA of its own", alike, "", "<= 0"))
+            figures.append(Figure(f"{prefix}shared bytes changed by LoRAs", int(not comparison.untouched), "", "<= 0"))
         for way, memories in (("without", comparison.private), ("with", comparison.shared)):
             samples[f"{prefix}PSS {way} sharing"] = [float(memory.pss) for memory in memories]
             samples[f"{prefix}USS {way} sharing"] = [float(memory.uss) for memory in memories]

@@ -22,6 +22,10 @@
     │   ├── UnsupportedFormat    pickle, or a dtype we do not know
     │   ├── InvalidCheckpoint    a file whose header, offsets or size contradict each other
     │   └── SourceChanged        the file changed while it was read, or is not the one the client sees
+    ├── LoraError
+    │   ├── InvalidLora          a file that is damaged, holds no LoRA, or NaN or infinite factors
+    │   ├── UnsupportedLora      an adapter, or a layer, that there is no low-rank form for
+    │   └── LoraMismatch         a LoRA whose layers or shapes are not this model's
     ├── SharedMemoryError
     │   ├── OutOfSharedMemory    the segment does not fit
     │   ├── SegmentFrozen        a write after freeze()
@@ -131,6 +135,22 @@ class InvalidCheckpoint(ModelError):
 
 class SourceChanged(ModelError):
     code = "source_changed"
+
+
+class LoraError(LunashmError):
+    code = "lora"
+
+
+class InvalidLora(LoraError):
+    code = "invalid_lora"
+
+
+class UnsupportedLora(LoraError):
+    code = "unsupported_lora"
+
+
+class LoraMismatch(LoraError):
+    code = "lora_mismatch"
 
 
 class SharedMemoryError(LunashmError):

@@ -3,7 +3,8 @@
     import lunashm.client
 
     with lunashm.client.attach("/models/sd15.safetensors") as model:
-        module.load_state_dict(model.state_dict(), assign=True)
+        model.load_into(module)
+        style = model.apply_lora("/loras/style.safetensors", strength=0.8)
 
 Names are resolved on first use, so that a control tool can import :mod:`lunashm.client.connection` without torch.
 """
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lunashm.client.attachment import Attachment, attach, rules_of
+    from lunashm.client.lora import AppliedLora
     from lunashm.client.session import Session, session_for
 
-__all__ = ["Attachment", "Session", "attach", "rules_of", "session_for"]
+__all__ = ["AppliedLora", "Attachment", "Session", "attach", "rules_of", "session_for"]
 
 _HOMES = {
+    "AppliedLora": "lora",
     "Attachment": "attachment", "attach": "attachment", "rules_of": "attachment",
     "Session": "session", "session_for": "session",
 }  # fmt: skip

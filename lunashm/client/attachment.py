@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from typing_extensions import Buffer
 
 from lunashm import settings as settings_module
 from lunashm.client.access import explained
+from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session, session_for
 from lunashm.errors import (
     ForkedProcess,
@@ -50,6 +52,7 @@ class Attachment:
         self._path = manifest.source.path
         self._rules: tuple[DtypeRule, ...] = ()
         self._pid = os.getpid()
+        self._modules: list[weakref.ref[torch.nn.Module]] = []
         self.lease = 0
         self.shared = False
         self.reason = ""
@@ -118,6 +121,50 @@ class Attachment:
         if tensors is None:
             raise LunashmError(f"attachment of {self._manifest.name} is closed; attach again")
         return dict(tensors)
+
+    def load_into(self, module: torch.nn.Module, prefix: str = "") -> None:
+        """Make ``module``'s parameters the mapped bytes, and remember it (weakly) for :meth:`apply_lora`.
+
+        The tensors whose names begin with ``prefix`` count, without it; they have to be the module's own, as
+        ``load_state_dict`` demands. Buffers are copied: layers write to theirs. Raises RuntimeError from
+        ``load_state_dict``, LunashmError where the module took copies (I7); the module is not whole after either.
+        """
+        buffers = {name for name, _ in module.named_buffers()}
+        found = {name.removeprefix(prefix): t for name, t in self.state_dict().items() if name.startswith(prefix)}
+        module.load_state_dict({n: t.clone() if n in buffers else t for n, t in found.items()}, assign=True)
+        own = {tensor.data_ptr() for tensor in found.values() if tensor.numel()}
+        copies = [n for n, p in module.named_parameters() if p.numel() and (p.is_meta or p.data_ptr() not in own)]
+        if copies:
+            raise LunashmError(
+                f"{len(copies)} parameters of {type(module).__name__} are copies, not {self._manifest.name}'s bytes: "
+                f"{', '.join(copies[:5])}; it loads its state dict in a way of its own, assign them yourself"
+            )
+        self._modules = [known for known in self._modules if known() not in (None, module)]
+        self._modules.append(weakref.ref(module))
+
+    def apply_lora(
+        self,
+        path: str | os.PathLike[str],
+        strength: float = 1.0,
+        *,
+        module: torch.nn.Module | None = None,
+        prefix: str = "",
+    ) -> AppliedLora:
+        """Apply a LoRA file (kohya's, PEFT's or diffusers' names) until its ``remove()``, or as a context manager.
+
+        ``module``: what to apply it to; by default what :meth:`load_into` has filled and is still there. ``prefix``
+        limits it to one part of the file, such as ``text_encoder_2``. The shared weights are only read.
+
+        Raises LunashmError where there is no module, and what :func:`lunashm.client.lora.apply_lora` raises; after
+        any error the modules are as they were.
+        """
+        self._check_process()
+        modules = [found for found in (known() for known in self._modules) if found is not None]
+        if module is None and not modules:
+            raise LunashmError(
+                f"no module has {self._manifest.name}'s weights through load_into(); load one with it, or say module="
+            )
+        return apply_lora(modules if module is None else [module], path, strength, prefix)
 
     def checksum(self) -> str:
         """BLAKE3 over the shared bytes as they are now, padding included: equal before and after means untouched."""

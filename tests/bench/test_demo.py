@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from bench import demo_comfy, demo_report
+from bench import demo_comfy, demo_lora, demo_report
 from bench.demo_model import PRESETS, DemoError, choose
 from bench.demo_report import Comparison, Memory
+from lunashm.client import lora_file
+from lunashm.client.lora_names import match
 
 GB = 10**9
 PLENTY = 1000 * GB
@@ -68,3 +73,48 @@ def test_table_picture_and_json_agree(comparison, tmp_path):
     assert figures["saved"] == pytest.approx(0.35)
     assert value["met"] is True
     assert {"hardware", "versions", "samples", "comparisons"} <= value.keys()
+
+
+def test_loras_are_shown_beside_their_clients_and_counted(comparison, tmp_path):
+    found = dataclasses.replace(comparison, loras=["kohya", "PEFT"], distinct=2, checksums=["ab"] * 4)
+    assert found.faults == []
+    screen = Console(file=io.StringIO(), width=120)
+    demo_report.print_table(found, screen)
+    rows = [line.split() for line in screen.file.getvalue().splitlines() if line.startswith("│ ")]
+    assert [row[1:5] for row in rows[:2]] == [["client", "1", "│", "kohya"], ["client", "2", "│", "PEFT"]]
+    demo_report.write([found], tmp_path / "demo.json", comfy=None)
+    assert json.loads((tmp_path / "demo.json").read_text())["met"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"identical": 1}, "differ between shared and private"),
+        ({"distinct": 1}, "1 outputs are alike"),
+        ({"checksums": ["ab", "ab", "cd", "ab"]}, "shared bytes changed"),
+    ],
+)
+def test_what_must_never_be_is_a_fault(comparison, tmp_path, change, fault):
+    fine = {"loras": ["kohya", "PEFT"], "distinct": 2, "checksums": ["ab"] * 4}
+    found = dataclasses.replace(comparison, **fine | change)
+    assert [fault in said for said in found.faults] == [True]
+    demo_report.write([found], tmp_path / "demo.json", comfy=None)
+    assert json.loads((tmp_path / "demo.json").read_text())["met"] is False
+
+
+def test_every_client_gets_a_lora_of_its_own_that_fits_the_model(tmp_path):
+    unet = torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(4, 6, 3), "attn": torch.nn.Linear(6, 6)})
+    unet["norm"] = torch.nn.LayerNorm(6)
+    save_file(unet.state_dict(), tmp_path / "m.safetensors")
+    seen = []
+    for number in range(4):
+        out = demo_lora.make(tmp_path / "m.safetensors", tmp_path, number)
+        assert out == demo_lora.path_of(tmp_path, number)
+        file = lora_file.read(str(out))
+        matches = match(file.layers, [unet])
+        assert sorted(layer.name for layer in matches.layers.values()) == ["attn", "conv1"]
+        assert matches.unmatched == file.unknown == ()
+        assert {factors.rank for factors in file.layers.values()} == {demo_lora.RANK}
+        seen.append(next(factors.up for name, factors in file.layers.items() if "attn" in name))
+    assert not any(torch.equal(seen[0], other) for other in seen[1:])
+    assert {demo_lora.style_of(number) for number in range(4)} == {"kohya", "diffusers", "PEFT"}

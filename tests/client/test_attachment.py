@@ -43,7 +43,8 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 def test_library_has_exactly_these_names() -> None:
-    assert sorted(lunashm.client.__all__) == ["Attachment", "Session", "attach", "rules_of", "session_for"]
+    names = ["AppliedLora", "Attachment", "Session", "attach", "rules_of", "session_for"]
+    assert sorted(lunashm.client.__all__) == names
     assert all(hasattr(lunashm.client, name) for name in lunashm.client.__all__)
     with pytest.raises(AttributeError):
         lunashm.client.nothing  # noqa: B018
