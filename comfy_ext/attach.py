@@ -21,7 +21,7 @@ import torch
 from lunashm import settings
 from lunashm.errors import LunashmError
 
-from . import hostlink, trace
+from . import hostlink, loras, trace
 from .patcher import protect_weights, show_patched_weights
 from .sharing import share
 
@@ -42,6 +42,7 @@ def install() -> None:
     trace.install_load_state_dict()
     protect_weights()
     show_patched_weights()
+    loras.install(_reader(comfy.utils.load_torch_file))
     comfy.utils.load_torch_file = _load_torch_file(comfy.utils.load_torch_file)
     for name in ("load_checkpoint_guess_config", "load_diffusion_model", "load_clip"):
         setattr(comfy.sd, name, _loader(getattr(comfy.sd, name)))
@@ -103,6 +104,14 @@ def _vae_init(stock: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def _reader(stock: Callable[..., Any]) -> Callable[[str], Any]:
+    def read(path: str) -> Any:
+        with torch.inference_mode(False):
+            return stock(path, safe_load=True, return_metadata=True)
+
+    return read
+
+
 def _load_torch_file(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Tell the active trace which file was read; else tag the dict, for a VAE that may be made of it."""
 
@@ -111,8 +120,13 @@ def _load_torch_file(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(ckpt, str) or not ckpt.lower().endswith(_SUFFIXES) or not Path(ckpt).is_file():
             return stock(ckpt, *args, **kwargs)
         identity = trace.FileIdentity.of(ckpt)
-        with torch.inference_mode(False):  # so that writes to the file's tensors are counted
-            loaded = stock(ckpt, *args, **kwargs)
+        plain = trace.active() is None and not args and kwargs.get("device") is None
+        lora = loras.cached(ckpt) if plain else None
+        if lora is not None:
+            loaded = lora if kwargs.get("return_metadata") else lora[0]
+        else:
+            with torch.inference_mode(False):  # so that writes to the file's tensors are counted
+                loaded = stock(ckpt, *args, **kwargs)
         tensors, rest = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) else (loaded, None)
         if type(tensors) is not dict or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             return loaded  # another pack's lazy dict: its business

@@ -134,13 +134,15 @@ def cases() -> list[Case]:
         Case("conv", CONV, [patch(0.8, lora(48, 32, 3))], False),
         Case("locon with mid", CONV, [patch(0.8, lora(48, 32, 3, mid=True))], False),
         Case("dora, outputs", LINEAR, [
-            patch(0.4, lora(*LINEAR)), patch(0.8, lora(*LINEAR, dora="out")), patch(1.0, lora(*LINEAR, dora="out"), 0.9),
+            patch(0.4, lora(*LINEAR)), patch(0.8, lora(*LINEAR, dora="out")),
+            patch(1.0, lora(*LINEAR, dora="out"), 0.9),
         ], False),
         Case("dora, inputs", LINEAR, [
             patch(0.4, lora(*LINEAR)), patch(0.8, lora(*LINEAR, dora="in")), patch(1.0, lora(*LINEAR, dora="out")),
         ], False),
         Case("dora of a conv", CONV, [
-            patch(0.4, lora(48, 32, 3)), patch(0.8, lora(48, 32, 3, dora="out")), patch(0.6, lora(48, 32, 3, dora="in")),
+            patch(0.4, lora(48, 32, 3)), patch(0.8, lora(48, 32, 3, dora="out")),
+            patch(0.6, lora(48, 32, 3, dora="in")),
         ], False),
         Case("dora of a part", FUSED, [patch(0.4, lora(*LINEAR, dora="out"), offset=rows_part)], False),
         Case("dora with rows exchanged", LINEAR, [patch(0.7, lora(*LINEAR, dora="out"), function=swap_halves)], False),
@@ -207,7 +209,7 @@ def compare(case: Case, dtype: torch.dtype, passes: dict[str, int]) -> tuple[flo
     def merged() -> torch.Tensor:
         given = weight.to(torch.float32, copy=True)
         if case.name == "lokr of a conv, tucker":
-            return given + tucker(case.patches[0])  # stock logs an error here: kron() of a tensor that is not contiguous
+            return given + tucker(case.patches[0])  # stock: an error, kron() of a strided tensor
         result: torch.Tensor = comfy.lora.calculate_weight(case.patches, given, "key", original_weights=originals)
         return result
 

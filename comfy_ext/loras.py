@@ -1,0 +1,229 @@
+"""LoRA files in ComfyUI: read once, checked, and what does not fit said in one line.
+
+The stock nodes, and packs that load LoRAs as these do, get here through ``comfy.utils.load_torch_file`` and
+``comfy.sd.load_lora_for_models``. What is checked is only what goes onto a shared model; others are stock's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+
+from lunashm.client.factors import FactorCache
+
+from .patcher import SharedModelPatcher
+from .trace import TaggedStateDict
+
+log = logging.getLogger("lunashm.comfy")
+
+CACHE_NBYTES = 2 << 30
+"""Of LoRA files kept for the next time; they are mapped files, whose pages the kernel may drop."""
+
+NAMED = 5
+"""How many keys a message names."""
+
+_TEXT_ENCODER = ("lora_te", "text_encoder")  # keys that nobody misses where a LoRA goes onto the model only
+
+Loaded = tuple[dict[str, torch.Tensor], Any]
+
+
+class LoraMismatchError(RuntimeError):
+    """A LoRA was made for a model of other shapes; the model is as it was."""
+
+
+def install(read: Callable[[str], Any]) -> None:
+    """``read``: the stock reader of a file, called with ``return_metadata=True``."""
+    global _files
+    _files = FactorCache(lambda path: _read(read, path), _nbytes, CACHE_NBYTES)
+    comfy.sd.load_lora_for_models = _checked(comfy.sd.load_lora_for_models)
+    for name in ("LoraLoader", "LoraLoaderModelOnly"):
+        node = getattr(sys.modules.get("nodes"), name, None)
+        if node is not None and not hasattr(node, "IS_CHANGED"):
+            node.IS_CHANGED = classmethod(_is_changed)
+    node = getattr(sys.modules.get("nodes"), "LoraLoader", None)
+    if node is not None:
+        node.load_lora = _forgetful(node.load_lora)
+
+
+_files: FactorCache[Loaded] | None = None
+
+
+def cached(path: str) -> Loaded | None:
+    """Tensors (a dict of the caller's own) and metadata of a file in ComfyUI's LoRA folders; None for other files."""
+    if _files is None or not _is_lora(path):
+        return None
+    tensors, metadata = _files.get(path)
+    return dict(tensors), metadata
+
+
+def _is_lora(path: str) -> bool:
+    folders = sys.modules.get("folder_paths")
+    if folders is None:
+        return False
+    given = os.path.abspath(path)
+    return any(given.startswith(os.path.abspath(folder) + os.sep) for folder in folders.get_folder_paths("loras"))
+
+
+def _nbytes(loaded: Loaded) -> int:
+    return sum(tensor.nbytes for tensor in loaded[0].values())
+
+
+def _read(read: Callable[[str], Any], path: str) -> Loaded:
+    loaded: Loaded = read(path)
+    broken = [name for name, tensor in loaded[0].items() if not _is_finite(tensor)]
+    if broken:
+        log.warning("[lunashm] %s has NaN or infinite values in %s", Path(path).name, _some(broken))
+    return loaded
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+
+
+def _some(names: Iterable[str]) -> str:
+    """``3 keys: a, b, c``, the first few named."""
+    every = list(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return f"{len(every)} key{'s' * (len(every) != 1)}: {', '.join(every[:NAMED])}{more}"
+
+
+def _is_changed(cls: Any, lora_name: Any = None, **_: Any) -> str:
+    """For ComfyUI's cache of node outputs: another file, another output."""
+    try:
+        stat = os.stat(sys.modules["folder_paths"].get_full_path_or_raise("loras", lora_name))
+    except (KeyError, OSError, TypeError, AttributeError):
+        return ""  # the node itself will say what is wrong
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _forgetful(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A node keeps the last file it read by name alone: have it ask the cache, which knows whether it changed."""
+
+    @functools.wraps(stock)
+    def load_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.loaded_lora = None
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            self.loaded_lora = None
+
+    return load_lora
+
+
+def _checked(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_lora_for_models(model, clip, lora, ...)``: shapes checked, one warning for all keys without a layer."""
+
+    @functools.wraps(stock)
+    def load_lora_for_models(model: Any, clip: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
+        patchers = [part for part in (model, getattr(clip, "patcher", None)) if isinstance(part, SharedModelPatcher)]
+        if not patchers:
+            return stock(model, clip, lora, *args, **kwargs)
+        name = Path(lora.original.identity.path).name if isinstance(lora, TaggedStateDict) else "LoRA"
+        with _Unmatched() as unmatched:
+            result = stock(model, clip, lora, *args, **kwargs)
+        made = [result[0], getattr(result[1], "patcher", None)]
+        for before, after in zip((model, getattr(clip, "patcher", None)), made, strict=True):
+            if isinstance(after, SharedModelPatcher):
+                _check_shapes(name, before, after)
+        meant = [key for key in unmatched.keys if clip is not None or not key.startswith(_TEXT_ENCODER)]
+        if meant:
+            log.warning("[lunashm] %s: no layer for %s", name, _some(meant))
+        return result
+
+    return load_lora_for_models
+
+
+def _check_shapes(name: str, before: SharedModelPatcher, after: SharedModelPatcher) -> None:
+    """Raises LoraMismatchError for the first of the patches that were just added that cannot fit."""
+    shapes = {key: tensor.shape for key, tensor in after.model.state_dict().items()}
+    for key, patches in after.patches.items():
+        for _, value, _, offset, _ in patches[len(before.patches.get(key, ())) :]:
+            layer = list(shapes[key])
+            if offset is not None:
+                layer[offset[0]] = offset[2]
+            theirs = shape_of(value, layer)
+            if theirs is not None and torch.Size(theirs).numel() != torch.Size(layer).numel():
+                raise LoraMismatchError(
+                    f"[lunashm] {name} does not fit this model: {key} is {layer}, the LoRA's is {list(theirs)}. "
+                    "It was made for another kind of model; the model is as it was"
+                )
+
+
+def shape_of(value: Any, layer: list[int]) -> tuple[int, ...] | None:
+    """The shape of the weight that a patch was made for, a kernel perhaps flattened; None where any will do.
+
+    Kinds that speak of a part of the shape only get the rest from ``layer``.
+    """
+    if isinstance(value, WeightAdapterBase):
+        return _adapter_shape(value.name, value.weights, layer)
+    if not isinstance(value, tuple) or isinstance(value[0], list):
+        return None
+    _, data = value if len(value) == 2 else ("diff", value)
+    padded = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
+    return None if padded else tuple(data[0].shape)
+
+
+def _adapter_shape(kind: str, weights: Any, layer: list[int]) -> tuple[int, ...] | None:
+    if kind == "lora":
+        up, down, _, mid, _, reshape = weights
+        if reshape is not None:
+            return None
+        kernel = 1 if mid is None else mid[0, 0].numel()
+        return up.shape[0], down[:1].numel() * kernel * up[0].numel() // down.shape[0]
+    if kind == "loha":
+        w1a, w1b, _, _, _, t1, *_ = weights
+        return (w1a.shape[0], w1b.shape[1]) if t1 is None else (w1a.shape[1], w1b.shape[1], *t1.shape[2:])
+    if kind == "lokr":
+        w1, w2, _, w1a, w1b, w2a, w2b, t2, _ = weights
+        first = w1.shape if w1 is not None else (w1a.shape[0], w1b.shape[1])
+        if w2 is not None:
+            second = tuple(w2.shape)
+        else:
+            second = (w2a.shape[0], w2b.shape[1]) if t2 is None else (w2a.shape[1], w2b.shape[1], *t2.shape[2:])
+        return first[0] * second[0], first[1] * second[1], *second[2:]
+    if kind in ("oft", "boft"):
+        blocks, size = weights[0].shape[-3:-1]
+        return blocks * size, *layer[1:]
+    if kind == "glora":
+        _, _, b1, b2, *_ = weights
+        old, new = (b2.shape[0], b1[:1].numel()), (b1.shape[0], b2[:1].numel())
+        return old if old == (layer[0], torch.Size(layer[1:]).numel()) else new
+    return None
+
+
+class _Unmatched(logging.Filter):
+    """What ComfyUI says about keys, one line each, collected in this thread."""
+
+    PREFIXES = ("lora key not loaded: ", "NOT LOADED ")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[str] = []
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> _Unmatched:
+        logging.getLogger().addFilter(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger().removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        found = next((prefix for prefix in self.PREFIXES if message.startswith(prefix)), None)
+        if found is None or threading.get_ident() != self._thread:
+            return True
+        self.keys.append(message.removeprefix(found))
+        return False
