@@ -211,6 +211,8 @@ def _update(layer: torch.nn.Module, terms: tuple[Term, ...]) -> Update | None:
     try:
         update = Update(tuple(weight.shape))
         for term in terms:
+            if term.factors.magnitude is not None and isinstance(layer, torch.nn.Embedding):
+                raise UnsupportedLayer("DoRA of an embedding: its magnitudes are written in more than one way")
             term.add_to(update, weight)
     except UnsupportedLayer as exc:
         raise _unsupported(terms, exc) from exc

@@ -31,17 +31,17 @@ class Term:
         if self.strength == 0.0:
             return
         if self.factors.magnitude is None:
-            update.add(up, down, self.strength * self.scale)
+            update.add(up, down, self.strength * self.scale, owned=self.factors.mid is not None)
         else:
-            self._add_dora(update, weight, up, down, self.factors.magnitude.to(torch.float32))
+            magnitude = self.factors.magnitude.to(torch.float32)
+            self._add_dora(update, weight, up.to(torch.float32), down.to(torch.float32), magnitude)
 
     def _matrices(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """up (out, r) and down (r, in * kernel), float32, with LoCon's ``mid`` folded into ``down``."""
+        """up (out, r) and down (r, in * kernel) as the file has them, LoCon's ``mid`` folded into ``down``."""
         factors = self.factors
-        up = factors.up.flatten(1).to(torch.float32)
-        down = factors.down.to(torch.float32)
+        up, down = factors.up.flatten(1), factors.down
         if factors.mid is not None:
-            down = torch.einsum("pq...,qi->pi...", factors.mid.to(torch.float32), down.flatten(1))
+            down = torch.einsum("pq...,qi->pi...", factors.mid.to(torch.float32), down.to(torch.float32).flatten(1))
         pointwise = all(size == 1 for size in down.shape[2:])  # a Linear's on a 1x1 convolution, or the reverse
         fits = down.shape[1:] == shape[1:] or (pointwise and down[0].numel() == shape[1:].numel())
         if not fits or up.shape[0] != shape[0]:
@@ -63,11 +63,12 @@ class Term:
         if magnitude.shape[0] == magnitude.numel() == rows:
             e = magnitude.flatten() / (after.flatten(1).norm(dim=1) + EPSILON)  # (out,)
             update.scale_rows((1.0 - s) + s * e)
-            update.add(up * e[:, None], down, factor)
+            update.add(up * e[:, None], down, factor, owned=True)
         elif magnitude.shape[0] == 1 and magnitude.numel() == columns:
             e = magnitude.flatten() / (after.transpose(0, 1).flatten(1).norm(dim=1) + EPSILON)  # (in,)
             update.scale_columns((1.0 - s) + s * e)
-            update.add(up, (down.reshape(-1, columns, down.shape[1] // columns) * e[:, None]).flatten(1), factor)
+            scaled = down.reshape(-1, columns, down.shape[1] // columns) * e[:, None]
+            update.add(up, scaled.flatten(1), factor, owned=True)
         else:
             magnitudes = f"the DoRA magnitudes of {self.factors.key}, {list(magnitude.shape)},"
             raise self._mismatch(magnitudes, weight.shape)
