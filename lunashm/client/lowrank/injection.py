@@ -23,7 +23,7 @@ Plain = Callable[[torch.nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tens
 ``linear(input, weight, bias)``; else None."""
 
 PASS_MACS = {"cpu": 64}
-"""What writing one element of a fresh weight costs, in multiply-adds: bench.lora --costs measures it."""
+"""What writing one element of a fresh weight costs, in multiply-adds; bench.lora_rule shows what the choice costs."""
 
 _PASS_MACS_ELSEWHERE = 256
 
@@ -95,7 +95,7 @@ class Injection:
         if self._idle:
             return self._stock(x, *args, **kwargs)
         layer = self._layer
-        if layer is None or self._merging_is_cheaper(layer, x):
+        if layer is None or self.takes_fresh_weight(x):
             return self._merged(x, *args, **kwargs)
         if x.dtype in _HALF:
             plain = None
@@ -104,15 +104,17 @@ class Injection:
             return self._merged(x, *args, **kwargs) if plain is None else self._as_addend(layer, x, *plain)
         return self._beside(layer, x, *args, **kwargs)
 
-    def _merging_is_cheaper(self, layer: Layer, x: torch.Tensor) -> bool:
-        """Multiply-adds of both ways, a pass over memory counted as so many of them."""
+    def takes_fresh_weight(self, x: torch.Tensor) -> bool:
+        """Whether the weight is made anew for this input: multiply-adds compared, a pass over memory as PASS_MACS."""
+        if self._layer is None:
+            return True
         update, step = self._update, self._update.step
         rows, columns = update.shape[0], update.columns
         per_position = step.rank * (rows + columns) + sum(term.macs for term in step.kroneckers)
         scaled = step.scales.row is not None or step.scales.column is not None
         passes = 1 + 2 * scaled + 3 * len(step.kroneckers)
         a_pass = PASS_MACS.get(x.device.type, _PASS_MACS_ELSEWHERE)
-        return rows * columns * (step.rank + passes * a_pass) < layer.positions(x) * per_position
+        return rows * columns * (step.rank + passes * a_pass) < self._layer.positions(x) * per_position
 
     def _merged(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's own forward with the updated weight in the shared one's place, for this call."""
