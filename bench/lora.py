@@ -35,8 +35,6 @@ SAME = 1e-6
 NOTES = (
     "floor: operations of the two thin products of each call of each patched layer, over those of the whole step "
     "without LoRA (matrix products, convolutions, attention); 2 sum(r) / d for a step of square layers only",
-    "stock bypass, chained by its own loader, keeps the last LoRA alone; here every LoRA of the stack is put in "
-    "effect, one injection each",
     "to be checked on a GPU: at most +3% per step at rank sum 32 on SDXL at 1024x1024",
     "to be checked on a GPU: at most +10% per step with 8 LoRAs of rank 16 on SDXL at 1024x1024",
 )
@@ -143,8 +141,11 @@ def report(found: Sequence[Measured], settings: Sequence[Setting]) -> Report:
             f"{way} {measured.flops[way, deepest] / measured.step_flops * 100 - 100:+.1f}%" for way in WAYS
         )
         notes.append(f"{measured.arch}: operations actually done with {deepest} LoRAs, over none: {spent}")
-        if not measured.chained_last_only:
-            notes.append(f"{measured.arch}: this ComfyUI's bypass loader keeps more than the last LoRA of a chain")
+        kept = "the last LoRA alone" if measured.chained_last_only else "more than the last LoRA"
+        notes.append(
+            f"{measured.arch}: stock bypass as its own loader chains it keeps {kept}, by its output; here every LoRA "
+            "of the stack is put in effect, one injection each"
+        )
     return Report.of(
         "lora",
         [figure for measured in found for figure in figures(measured)],

@@ -53,9 +53,10 @@ def _switches(axis, measured: Measured) -> None:  # type: ignore[no-untyped-def]
     ready = [median([switch.ready_s for switch in own[way]]) for way in WAYS]
     late = [max(0.0, median([switch.first_step_s - switch.next_step_s for switch in own[way]])) for way in WAYS]
     labels, colors = zip(*WAYS.values(), strict=True)
-    bars = axis.bar(labels, ready, color=colors)
-    axis.bar(labels, late, bottom=ready, color="none", edgecolor="black", linestyle=":", label="more in the first step")
-    axis.bar_label(bars, [f"{seconds:.3g}" for seconds in ready], label_type="center", fontsize=8)
+    axis.bar(labels, ready, color=colors)
+    top = axis.bar(labels, late, bottom=ready, fill=False, linestyle=":", label="more in the first step")
+    axis.bar_label(top, [f"{seconds:.3g} s" for seconds in ready], fontsize=8, padding=2)
+    axis.margins(y=0.25)
     axis.set_ylabel("switch from 2 LoRAs to 2 others, s")
     axis.set_title(measured.arch)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper right")

@@ -127,6 +127,10 @@ def difference(output: Sequence[float], reference: Sequence[float]) -> float:
     return float((apart / sum(b * b for b in reference)) ** 0.5)
 
 
+def many(depth: int) -> str:
+    return "1 LoRA" if depth == 1 else f"{depth} LoRAs"
+
+
 def figures(measured: Measured) -> list[Figure]:
     return [*_steps(measured), *_switches(measured), *_memory(measured), *_agreement(measured)]
 
@@ -142,7 +146,7 @@ def _steps(measured: Measured) -> list[Figure]:
     ]
     for depth in measured.depths:
         rank, floor = depth * measured.rank, measured.floor(depth)
-        label = f"{arch}, {depth} LoRA{'s' if depth > 1 else ''} (rank sum {rank})"
+        label = f"{arch}, {many(depth)} (rank sum {rank})"
         overhead = {way: measured.overhead(way, depth) for way in ("ours", "merge", "bypass")}
         against = median(ratios(measured.of("ours", depth), measured.of("bypass", depth)))
         found += [
@@ -185,14 +189,13 @@ def _memory(measured: Measured) -> list[Figure]:
         Figure(f"{label}: ours, measured / factors", ours.measured / ours.factors, "ratio"),
         Figure(f"{label}: factors in the dtype computed in", ours.factors / 1e6, "MB"),
         Figure(f"{label}: stock merge, measured", memory["merge"].measured / 1e6, "MB"),
-        Figure(f"{label}: stock bypass, measured", memory["bypass"].measured / 1e6, "MB"),
     ]
 
 
 def _agreement(measured: Measured) -> list[Figure]:
     depth = max(measured.depths)
     return [
-        Figure(f"{measured.arch}, {depth} LoRAs: output of {way} against stock merge, relative", apart, "ratio")
+        Figure(f"{measured.arch}, {many(depth)}: output of {way} against stock merge, relative", apart, "ratio")
         for way, apart in measured.differences.items()
     ]
 
@@ -201,7 +204,7 @@ def samples(measured: Measured) -> Mapping[str, list[float]]:
     """Every pair and every switch, counted or not."""
     found: dict[str, list[float]] = {}
     for pair in measured.pairs:
-        label = f"{measured.arch}, {pair.way}, {pair.depth} LoRAs"
+        label = f"{measured.arch}, {pair.way}, {many(pair.depth)}"
         found.setdefault(f"{label}: overhead, %", []).append(pair.overhead * PERCENT)
         found.setdefault(f"{label}: step, s", []).append(pair.lora_s)
         found.setdefault(f"{measured.arch}, {pair.way}: step without LoRA, s", []).append(pair.base_s)

@@ -39,7 +39,7 @@ class Setting:
 
 
 class ClientProcess:
-    """Context manager: the model is loaded on entry, the process gone on exit."""
+    """Context manager: the process is gone on exit. It starts when made; `wait` until its model is loaded."""
 
     def __init__(self, way: str, setting: Setting, environment: Mapping[str, str]) -> None:
         self.way = way
@@ -57,8 +57,10 @@ class ClientProcess:
         return self._process.pid
 
     def __enter__(self) -> Self:
-        self._answer("start")
         return self
+
+    def wait(self) -> None:
+        self._answer("loading the model")
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._process.kill()
@@ -90,10 +92,13 @@ def running(setting: Setting) -> Iterator[dict[str, ClientProcess]]:
     """A process for each way, and the host of ours."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(HostProcess(roots=[setting.model.resolve().parent]))
-        yield {
-            way: stack.enter_context(ClientProcess(way, setting, host.environment if way == "ours" else {}))
-            for way in WAYS
-        }
+        processes = {}
+        for way in WAYS:
+            environment = host.environment if way == "ours" else {}
+            processes[way] = stack.enter_context(ClientProcess(way, setting, environment))
+        for process in processes.values():
+            process.wait()
+        yield processes
 
 
 @contextlib.contextmanager
