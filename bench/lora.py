@@ -28,7 +28,8 @@ from bench.lora_processes import ClientProcess, Setting, prepared, running
 from bench.quiet import Stopwatch
 from bench.report import Report, add_arguments, emit
 
-ARCHS = ("sd15", "flux-1536")
+ARCHS = ("sd15", "sd15-tiny", "sd3-tiny", "flux-tiny", "flux-1536")
+DEFAULT = ARCHS[0], ARCHS[-1]
 DEPTHS = (1, 2, 4, 8)
 STACKS = ((0, 1), (2, 3))
 SAME = 1e-6
@@ -158,7 +159,7 @@ def report(found: Sequence[Measured], settings: Sequence[Setting]) -> Report:
 def main(argv: list[str] | None = None) -> int:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.lora", description=about)
-    parser.add_argument("--arch", action="append", choices=list(checkpoints.ARCHS), help="default: sd15, flux-1536")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help=f"default: {', '.join(DEFAULT)}")
     parser.add_argument("--size", type=int, default=256, help="image side in pixels (default: 256)")
     parser.add_argument("--rank", type=int, default=16, help="of each LoRA (default: 16)")
     parser.add_argument("--depths", type=_numbers, default=DEPTHS, help="LoRAs in a stack (default: 1,2,4,8)")
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found, settings = [], []
     count = max(*args.depths, 1 + max(map(max, STACKS)))
-    for arch in args.arch or ARCHS:
+    for arch in args.arch or DEFAULT:
         with prepared(arch, args.size, count, args.rank, checkpoints.comfy_root(args.comfy)) as setting:
             found.append(run(setting, args.rank, args.depths, args.rounds))
             settings.append(setting)
