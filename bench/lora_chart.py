@@ -56,7 +56,7 @@ def _switches(axis, measured: Measured) -> None:  # type: ignore[no-untyped-def]
     axis.bar(labels, ready, color=colors)
     top = axis.bar(labels, late, bottom=ready, fill=False, linestyle=":", label="more in the first step")
     axis.bar_label(top, [f"{seconds:.3g} s" for seconds in ready], fontsize=8, padding=2)
-    axis.margins(y=0.25)
+    axis.set_ylim(top=1.25 * max(a + b for a, b in zip(ready, late, strict=True)))  # room for the legend
     axis.set_ylabel("switch from 2 LoRAs to 2 others, s")
     axis.set_title(measured.arch)
     axis.legend(frameon=False, loc="upper right")
