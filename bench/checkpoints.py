@@ -140,19 +140,29 @@ def sd3_tiny() -> Shapes:
     return shapes | _clip_l("text_encoders.clip_l.transformer.")
 
 
-def flux_tiny() -> Shapes:
-    """Flux of one head, one double and one single block; context 768, so that CLIP-L alone can condition it.
+def _flux(heads: int, single_blocks: int) -> Shapes:
+    """Flux of 128 wide heads and one double block; context 768, so that CLIP-L alone can condition it.
 
     ComfyUI 0.8 cannot load it: there a Flux has 24 heads whatever the file says.
     """
     flux = _build(
         "comfy.ldm.flux.model.Flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=768,
-        hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56],
-        theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, device="meta", operations=_ops(),
-        txt_ids_dims=[],
+        hidden_size=128 * heads, mlp_ratio=4.0, num_heads=heads, depth=1, depth_single_blocks=single_blocks,
+        axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, device="meta",
+        operations=_ops(), txt_ids_dims=[],
     )  # fmt: skip
     # Published files say `.scale`; ComfyUI 0.28 calls the parameter `.weight` and maps the file's name.
     return {re.sub(r"_norm\.weight$", "_norm.scale", name): shape for name, shape in _shapes(flux).items()}
+
+
+def flux_tiny() -> Shapes:
+    """Flux of one head, one double and one single block."""
+    return _flux(heads=1, single_blocks=1)
+
+
+def flux_1536() -> Shapes:
+    """A DiT of realistic width and little depth: 1536 wide, one double and two single blocks, 0.17 G parameters."""
+    return _flux(heads=12, single_blocks=2)
 
 
 ARCHS: dict[str, Callable[[], Shapes]] = {
@@ -160,6 +170,7 @@ ARCHS: dict[str, Callable[[], Shapes]] = {
     "sd15-tiny": sd15_tiny,
     "sd3-tiny": sd3_tiny,
     "flux-tiny": flux_tiny,
+    "flux-1536": flux_1536,
     "clip-l": lambda: _clip_l(""),
     "vae-tiny": lambda: _taesd("", 16),
 }

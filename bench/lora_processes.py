@@ -1,0 +1,113 @@
+"""The processes of bench.lora, one for each way, of which one at a time works.
+
+Owns their start, their end and the lines to and from them; knows no ComfyUI and no statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench import loras, workload
+from bench.checkpoints import ROOT
+from bench.host import HostProcess
+from bench.lora_client import WAYS
+
+
+class ClientFailed(Exception):
+    """A process ended instead of answering; the message ends with its log's tail."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all ways run: a model, LoRAs that fit it, an image size in pixels, and the ComfyUI that runs them."""
+
+    arch: str
+    model: Path
+    loras: Sequence[Path]
+    size: int
+    comfy: Path
+
+
+class ClientProcess:
+    """Context manager: the process is gone on exit. It starts when made; `wait` until its model is loaded."""
+
+    def __init__(self, way: str, setting: Setting, environment: Mapping[str, str]) -> None:
+        self.way = way
+        arguments = {"way": way, "model": str(setting.model), "size": setting.size}
+        arguments["loras"] = [str(file) for file in setting.loras]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.lora_client", json.dumps(arguments)],
+            cwd=ROOT, env=os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(setting.comfy), str(ROOT)])},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def wait(self) -> None:
+        self._answer("loading the model")
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._log):
+            if file is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    file.close()
+
+    def ask(self, command: str, **arguments: object) -> Any:  # noqa: ANN401 - what the command answers
+        """The answer of one of `bench.lora_client.Client`'s commands."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
+                self._process.stdin.flush()
+        return self._answer(command)
+
+    def _answer(self, command: str) -> Any:  # noqa: ANN401
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            self._log.seek(0)
+            tail = self._log.read().decode(errors="replace")[-3000:]
+            raise ClientFailed(f"{self.way}: {command} got no answer\n--- end of its log ---\n{tail}")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def running(setting: Setting) -> Iterator[dict[str, ClientProcess]]:
+    """A process for each way, and the host of ours."""
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(HostProcess(roots=[setting.model.resolve().parent]))
+        processes = {}
+        for way in WAYS:
+            environment = host.environment if way == "ours" else {}
+            processes[way] = stack.enter_context(ClientProcess(way, setting, environment))
+        for process in processes.values():
+            process.wait()
+        yield processes
+
+
+@contextlib.contextmanager
+def prepared(arch: str, size: int, count: int, rank: int, comfy: Path) -> Iterator[Setting]:
+    """A float32 model of `arch` and `count` LoRAs for its attention and feed-forward layers, made where need be."""
+    kind = "diffusion_models" if arch.startswith("flux") else "checkpoints"
+    model = workload.made(arch, "fp32", comfy, kind)
+    with tempfile.TemporaryDirectory(prefix="lunashm-loras-") as folder:
+        files = [Path(folder) / f"{index}.safetensors" for index in range(count)]
+        for seed, file in enumerate(files):
+            loras.make(model, file, rank=rank, seed=seed, parts=("diffusion_model.",))
+        yield Setting(arch, model, files, size, comfy)
