@@ -69,6 +69,7 @@ class PatchedLayers:
     def __init__(self) -> None:
         self.injections: dict[str, Injection] = {}
         self.rungs = Rungs()
+        self.exchangeable = False  # whether the model was loaded in a way that patches alone make no difference to
         self._base: dict[str, Update | None] = {}  # of layers with a hook's update on top: what they had before
 
     def __contains__(self, key: str) -> bool:
@@ -101,6 +102,13 @@ class PatchedLayers:
             module = comfy.utils.get_attr(model, key.rpartition(".")[0])
             self.injections[key] = inject(module, update, _plain)
 
+    def exchange(self, model: torch.nn.Module, updates: dict[str, Update]) -> None:
+        """What is around the layers becomes ``updates`` and nothing else. Raises UnsupportedLayer, half done."""
+        for key in [key for key in self.injections if key not in updates]:
+            self.take_off(key)
+        for key, update in updates.items():
+            self.put(model, key, update)
+
     def put_hook(self, model: torch.nn.Module, key: str, update: Update) -> None:
         """The same for a weight hook's update, base patches included; :meth:`unhook` brings these back."""
         before = self.injections[key].update if key in self.injections else None
@@ -123,6 +131,7 @@ class PatchedLayers:
         return injection is not None
 
     def take_off_all(self) -> None:
+        self.exchangeable = False
         self._base.clear()
         for key in reversed(list(self.injections)):
             self.take_off(key)

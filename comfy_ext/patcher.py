@@ -15,6 +15,7 @@ import comfy.float
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.utils
 import torch
 
@@ -29,6 +30,10 @@ from .units import size
 log = logging.getLogger("lunashm.comfy")
 
 _HOST_ATTRIBUTE = "lunashm"
+
+
+_NOT_AROUND_ITS_LAYER = (UnsupportedLayer, RuntimeError, ValueError, IndexError)
+"""The last three: factors of shapes that nobody foresaw are stock's to judge."""
 
 
 class PrivateBudgetError(RuntimeError):
@@ -124,7 +129,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         self.keep_current()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             loaded = self.model.current_weight_patches_uuid
-            if loaded is not None and (loaded != self.patches_uuid or force_patch_weights):
+            same = loaded == self.patches_uuid and not force_patch_weights
+            if loaded is not None and not same and (force_patch_weights or not self._exchange_patches(device_to)):
                 self.unpatch_model(None, unpatch_weights=True)
                 loaded = None
             else:
@@ -151,8 +157,35 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         if force_patch_weights and not hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving"):
             self.make_all_private("they are saved")  # ComfyUI 0.8 saves what the model shows
         super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
+        self._layers.exchangeable = self._loads_plainly
         self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(reasons)
+
+    @property
+    def _loads_plainly(self) -> bool:
+        """Whether loading does nothing to the modules but apply patches."""
+        return not self.weight_wrapper_patches and not self.force_cast_weights and not self.backup
+
+    def _exchange_patches(self, device_to: Any) -> bool:
+        """From one stack of patches to another without loading the model again, where both are around their layers.
+
+        False, with nothing lost, where that cannot be: then everything is taken off and the model loaded as ever.
+        """
+        layers = self._layers
+        if not layers.exchangeable or not self._loads_plainly:
+            return False
+        self.unpatch_hooks()
+        try:
+            updates = {key: layers.update_for(self.model, key, patches) for key, patches in self.patches.items()}
+            layers.exchange(self.model, updates)
+        except _NOT_AROUND_ITS_LAYER:
+            return False
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        self.model.model_loaded_weight_memory = self.model_size()
+        self._report_patches(Counter())
+        for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
+            callback(self, device_to, 0, False, True)
+        return True
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
@@ -181,8 +214,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
                 continue
             try:
                 layers.put(self.model, key, layers.update_for(self.model, key, self.patches[key]))
-            except (UnsupportedLayer, RuntimeError, ValueError, IndexError) as exc:
-                reasons[str(exc)] += 1  # factors of shapes nobody foresaw are stock's to judge
+            except _NOT_AROUND_ITS_LAYER as exc:
+                reasons[str(exc)] += 1
                 private.append(key)
         self._check_budget(private, reasons)
         return reasons
@@ -280,7 +313,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
                 raise UnsupportedLayer("a private copy already")
             done = self._layers.update_for(self.model, key, patches, original_weights)
             self._layers.put_hook(self.model, key, done)
-        except (UnsupportedLayer, RuntimeError, ValueError, IndexError):
+        except _NOT_AROUND_ITS_LAYER:
             done = self._merge_hook(combined_patches[key], key, original_weights)
             comfy.utils.set_attr_param(self.model, key, done)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
