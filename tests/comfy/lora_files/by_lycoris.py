@@ -1,6 +1,7 @@
 """Files by lycoris-lora, saved by its own ``save_weights``: every algorithm of its that ComfyUI 0.28 reads.
 
-It reads no IA3, nothing of GLoRA's ``bm``, and of fused layers in diffusers' names no bias differences.
+It reads no IA3, nothing of GLoRA's ``bm``, and of fused layers in diffusers' names no bias differences. On LoKr in
+Tucker form it fails: the layer stays as it was, with an error in the log.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "LoCon in Tucker form": {"algo": "locon", "use_tucker": True},
     "LoHa in Tucker form": {"algo": "loha", "use_tucker": True},
-    "LoKr in Tucker form": {"algo": "lokr", "factor": 8, "decompose_both": True, "use_tucker": True},
     "LoRA and norms": {"algo": "lora", "train_norm": True},
 }
-WITH_TEXT = ("LoRA", "DoRA of outputs", "LoHa", "LoKr", "OFT", "full")
+WITH_TEXT = ("DoRA of outputs", "LoHa", "LoKr", "OFT", "full")
 """For SD1.5 these are for the text encoder too. Not all: a pass of CLIP-L is the slowest part of a check."""
 DIFFUSERS_NAMES = tuple(name for name in KINDS if name != "full")
 

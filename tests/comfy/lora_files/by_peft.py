@@ -73,8 +73,8 @@ def _clip_in_old_diffusers_keys(base: Path, out: Path) -> int:
 
 
 def _unet_and_clip(kind: str, base: Path, out: Path) -> int:
-    """LoHa or LoKr, convolutions in their Tucker form."""
-    unet, layers = _adapted(skeletons.mid_block(), kind, UNET_BUT_ATTENTION, use_effective_conv2d=True)
+    """LoHa or LoKr."""
+    unet, layers = _adapted(skeletons.mid_block(), kind, UNET_BUT_ATTENTION)
     text, more = _adapted(skeletons.clip(), kind, CLIP[:2])
     save_file(_prefixed("unet.", unet) | _prefixed("text_encoder.", text), out)
     return layers + more

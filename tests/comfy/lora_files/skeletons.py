@@ -26,6 +26,7 @@ def mid_block() -> torch.nn.Module:
     """The UNet with its middle alone: convolutions, attention and norms, in few bytes."""
     model = unet()
     del model.down_blocks, model.up_blocks
+    del model.conv_out  # four rows: OFT's blocks of one number turn nothing
     del model.time_embedding  # lycoris-lora 4.1.3 takes its layers twice, by class and by name, and refuses
     return model
 
