@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from bench import checkpoints, loras
 from bench.comfy_server import ComfyServer
+from tests.comfy.lora_files import LoraFile, make_all
 from tests.tiers import comfy_checkout
 
 ROOT = Path(__file__).parents[2]
@@ -138,3 +139,34 @@ def shared_server(models: Path, environment: dict[str, str]) -> ComfyServer:
 def shared(models: Path, host: Host) -> Iterator[ComfyServer]:
     with shared_server(models, host.environment) as server:
         yield server
+
+
+class LoraFiles:
+    """The files of tests.comfy.lora_files, made when first asked for, where the servers' LoraLoader finds them."""
+
+    CHECKPOINTS: ClassVar = {
+        "sd15-tiny": "checkpoints/sd15-tiny.safetensors",
+        "sd3-tiny": "checkpoints/sd3-tiny.safetensors",
+        "flux-tiny": "diffusion_models/flux-tiny.safetensors",
+    }
+
+    def __init__(self, models: Path) -> None:
+        self._models = models
+        self._made: dict[str, dict[str, LoraFile]] = {}
+
+    def checkpoint(self, arch: str) -> Path:
+        return self._models / self.CHECKPOINTS[arch]
+
+    def of(self, arch: str) -> dict[str, LoraFile]:
+        if arch not in self._made:
+            self._made[arch] = make_all(arch, self.checkpoint(arch), self._models / "loras" / arch)
+        return self._made[arch]
+
+    def node_name(self, arch: str, name: str) -> str:
+        """As a LoraLoader node calls it."""
+        return str(self.of(arch)[name].path.relative_to(self._models / "loras"))
+
+
+@pytest.fixture(scope="session")
+def lora_files(models: Path) -> LoraFiles:
+    return LoraFiles(models)

@@ -25,13 +25,13 @@ from comfy_ext.patcher import SharedModelPatcher, binding_of
 """
 
 
-def run(host: Host, models: Path, body: str) -> str:
+def run(host: Host, models: Path, body: str, timeout_s: float = 240) -> str:
     """Run ``body`` with ComfyUI imported and the extension installed; returns what it printed."""
     path = os.pathsep.join([str(comfy_checkout()), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + body],
         env=os.environ | host.environment | {"PYTHONPATH": path, "MODELS": str(models)},
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
