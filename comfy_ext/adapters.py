@@ -268,9 +268,10 @@ def _dora(
     current = region.current(weight)
     device = current.device
     up, down = region.rows(up.to(device, torch.float32)), down.to(device, torch.float32)
+    per_output = magnitude.shape[0] == current.shape[0]  # ComfyUI's rule: (out, 1) or (1, in)
     magnitude = magnitude.to(device, torch.float32).flatten()
     epsilon = torch.finfo(torch.float32).eps
-    if magnitude.shape[0] == current.shape[0]:
+    if per_output:
         e = magnitude / (current.flatten(1).norm(dim=1) + epsilon)
         region.scale_rows((1.0 - strength) + strength * e)
         up = up * e[:, None]

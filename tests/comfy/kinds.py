@@ -140,6 +140,7 @@ def cases() -> list[Case]:
         Case("dora, inputs", LINEAR, [
             patch(0.4, lora(*LINEAR)), patch(0.8, lora(*LINEAR, dora="in")), patch(1.0, lora(*LINEAR, dora="out")),
         ], False),
+        Case("dora, inputs of a square layer", SQUARE, [patch(0.8, lora(*SQUARE, dora="in"))], False),
         Case("dora of a conv", CONV, [
             patch(0.4, lora(48, 32, 3)), patch(0.8, lora(48, 32, 3, dora="out")),
             patch(0.6, lora(48, 32, 3, dora="in")),

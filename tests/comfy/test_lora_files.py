@@ -23,6 +23,8 @@ LAYER = 1e-5
 """Relative difference that a layer may have from W + dW in float32."""
 END_TO_END = 1e-4
 """Relative difference of a whole pass: a dozen layers, each of which may carry on what those before it rounded."""
+NORMS_IN_HALF = 5e-4
+"""The same for a file with norms of a text encoder: that is stored in fp16, and stock rounds patched norms to it."""
 CHANGE = 1e-3
 """What every file changes in every layer it touches, at least: differences are told from effects."""
 RUN_TIMEOUT_S = 600
@@ -61,6 +63,10 @@ def _seen(report: Callable[[str], Report], arch: str, name: str) -> dict[str, An
     return line
 
 
+def _is_norm_in_half(line: dict[str, Any]) -> bool:
+    return "text_model" in line["worst"] and "norm" in line["worst"]
+
+
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_nothing_in_the_file_is_passed_over(
     arch: str, name: str, report: Callable[[str], Report], lora_files: LoraFiles
@@ -74,12 +80,13 @@ def test_nothing_in_the_file_is_passed_over(
 def test_every_layer_is_stocks_merged_one(arch: str, name: str, report: Callable[[str], Report]) -> None:
     line = _seen(report, arch, name)
     assert line["least_change"] >= CHANGE, "a file that changes nothing proves nothing"
-    assert line["worst_layer"] <= LAYER, line["worst"]
+    assert line["worst_layer"] <= (NORMS_IN_HALF if _is_norm_in_half(line) else LAYER), line["worst"]
 
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_output_of_the_whole_is_stocks(arch: str, name: str, report: Callable[[str], Report]) -> None:
-    assert _seen(report, arch, name)["end_to_end"] <= END_TO_END
+    line = _seen(report, arch, name)
+    assert line["end_to_end"] <= (NORMS_IN_HALF if _is_norm_in_half(line) else END_TO_END)
 
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
