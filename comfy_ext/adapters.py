@@ -29,7 +29,7 @@ def update_of(patches: Sequence[Patch], weight: torch.Tensor, key: str, original
     gives the weight another shape.
     """
     update = Update(tuple(weight.shape))
-    if tuple(comfy.lora.calculate_shape(patches, weight, key)) != update.shape:
+    if any(_reshapes(patch, update.shape) for patch in patches):
         raise UnsupportedLayer("a patch that gives the weight another shape")
     for patch in patches:
         try:
@@ -37,6 +37,19 @@ def update_of(patches: Sequence[Patch], weight: torch.Tensor, key: str, original
         except UnsupportedLayer:
             update.then(_by_comfy(patch, key, originals))
     return update
+
+
+def _reshapes(patch: Patch, shape: tuple[int, ...]) -> bool:
+    """A LoRA with ``reshape_weight``, or a difference that pads: the weight grows."""
+    _, value, _, offset, _ = patch
+    if offset is not None or isinstance(value, list):
+        return False
+    if isinstance(value, WeightAdapterBase):
+        wanted = value.weights[5] if value.name == "lora" else None
+        return wanted is not None and tuple(wanted) != shape
+    data = value[1] if len(value) == 2 else value
+    pads = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
+    return bool(pads) and tuple(data[0].shape) != shape
 
 
 def _by_comfy(patch: Patch, key: str, originals: Any) -> Callable[[torch.Tensor], torch.Tensor]:

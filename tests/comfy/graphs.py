@@ -41,6 +41,16 @@ def model_merge(ratio: float = 0.4) -> Graph:
     return graph
 
 
+def clip_merge(ratio: float = 0.3) -> Graph:
+    """The text encoder merged with itself under two LoRAs."""
+    graph = txt2img_checkpoint("sd15-tiny.safetensors", loras=[("a.safetensors", 0.0, 1.0), ("b.safetensors", 0.0, 0.8)])
+    clip = graph["positive"]["inputs"]["clip"]
+    graph["merge"] = _node("CLIPMergeSimple", clip1=["checkpoint", 1], clip2=clip, ratio=ratio)
+    for prompt in ("positive", "negative"):
+        graph[prompt]["inputs"]["clip"] = ["merge", 0]
+    return graph
+
+
 def clip_skip() -> Graph:
     graph = txt2img_checkpoint("sd15-tiny.safetensors")
     graph["skip"] = _node("CLIPSetLastLayer", clip=["checkpoint", 1], stop_at_clip_layer=-2)

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.comfy
 
 SD15 = "sd15-tiny.safetensors"
 LORAS = txt2img_checkpoint(SD15, loras=[("a.safetensors", 0.8, 0.6), ("b.safetensors", -0.5, 0.9)])
-"""Equal to stock's within rounding: tests/comfy/test_lora.py."""
+KEYFRAMES = graphs.hook_lora(keyframes=True)
+"""These are equal to stock's within rounding: tests/comfy/test_lora.py."""
 
 WORKFLOWS = {
     "sd15": txt2img_checkpoint(SD15),
@@ -27,8 +28,6 @@ WORKFLOWS = {
     "vae": vae_only("vae-tiny.safetensors"),
     "vae through a link": vae_only("linked.safetensors"),
     "clip skip": graphs.clip_skip(),
-    "hook lora": graphs.hook_lora(),
-    "hook keyframes": graphs.hook_lora(keyframes=True),
     "model merge": graphs.model_merge(),
     "sd15 after all that": txt2img_checkpoint(SD15, seed=1, steps=3),
 }
@@ -56,8 +55,8 @@ def test_both_files_of_a_dual_loader_are_attached(shared: ComfyServer) -> None:
 
 def test_loras_and_merges_change_the_picture(shared: ComfyServer) -> None:
     plain = pixels(shared.render(WORKFLOWS["sd15"]))
-    for name, workflow in (WORKFLOWS | {"two loras": LORAS}).items():
-        if name in ("two loras", "hook lora", "model merge", "clip skip"):
+    for name, workflow in (WORKFLOWS | {"two loras": LORAS, "keyframes": KEYFRAMES}).items():
+        if name in ("two loras", "keyframes", "model merge", "clip skip"):
             assert (pixels(shared.render(workflow)) != plain).any(), f"{name} had no effect"
 
 
@@ -75,6 +74,6 @@ def test_the_shared_bytes_are_untouched_by_all_of_it(shared: ComfyServer, host: 
     dtypes = {prefix: dtype for prefix, dtype in model["rules"]}
     with attach(model["path"], dtypes=dtypes, endpoint=endpoint) as attachment:
         before = attachment.checksum()
-        for workflow in (LORAS, WORKFLOWS["hook keyframes"], WORKFLOWS["model merge"]):
+        for workflow in (LORAS, KEYFRAMES, WORKFLOWS["model merge"]):
             shared.render(again(workflow, nonce=7))
         assert attachment.checksum() == before

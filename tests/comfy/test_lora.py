@@ -24,7 +24,11 @@ WORKFLOWS = {
     "one": txt2img_checkpoint(SD15, loras=BOTH[:1]),
     "two": txt2img_checkpoint(SD15, loras=BOTH),
     "the same twice": txt2img_checkpoint(SD15, loras=BOTH[:1] * 2),
+    "hooks": graphs.hook_lora(),
+    "keyframes": graphs.hook_lora(keyframes=True),
     "hooks on top": graphs.hook_lora(loras=BOTH[1:]),
+    "model merge": graphs.model_merge(),
+    "clip merge": graphs.clip_merge(),
     "keyframes on top": graphs.hook_lora(keyframes=True, loras=BOTH[1:]),
 }
 

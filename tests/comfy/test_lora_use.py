@@ -185,6 +185,87 @@ assert shared_pointers() == pointers, "something was copied"
     assert printed.count("is a merge: ") == 1
 
 
+@pytest.mark.usefixtures("odd")
+def test_after_any_sequence_the_plain_model_is_a_fresh_one_bit_for_bit(host: Host, models: Path) -> None:
+    body = """
+import random
+choose = random.Random(5)
+files = base.model.lunashm.files
+sums = [file.attachment.checksum() for file in files]
+state = {"model": base, "group": None}
+def more(name):
+    state["model"] = patched(name, state["model"], choose.choice([0.0, 0.8, -0.5]))
+def fresh():
+    state.update(model=base, group=None)
+def hook():
+    if state["group"] is None:
+        state["model"], _, state["group"] = comfy.hooks.load_hook_lora_for_models(
+            state["model"], None, lora("b.safetensors"), 0.7, 0.0)
+def difference():
+    state["model"] = state["model"].clone()
+    state["model"].add_patches({layer + ".weight": ("diff", (torch.ones_like(weight),))}, 0.1)
+def misfit():
+    try:
+        more("misfit.safetensors")
+        raise SystemExit("a LoRA that cannot fit was applied")
+    except RuntimeError:
+        pass
+def break_down():
+    key = next(iter(state["model"].patches), None)
+    if key is not None:  # an error while the stack is put on
+        broken = state["model"].clone()
+        broken.add_callback("on_load_after", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+        try:
+            load(broken)
+        except RuntimeError:
+            pass
+operations = [
+    lambda: more("a.safetensors"), lambda: more("b.safetensors"), lambda: more("bias.safetensors"), fresh, hook,
+    lambda: load(state["model"]), lambda: load(state["model"]), difference, misfit, break_down,
+    lambda: (load(state["model"]), state["group"] and state["model"].apply_hooks(state["group"])),
+    lambda: (load(state["model"]), state["model"].apply_hooks(None)),
+    lambda: (load(state["model"]), state["model"].make_all_private("a test asks")),
+    comfy.model_management.unload_all_models,
+]
+for step in range(120):
+    choose.choice(operations)()
+    if step % 6 == 5:
+        load(base)
+        assert torch.equal(out(), plain), step
+        assert shared_pointers() == pointers and not layers.injections, step
+assert [file.attachment.checksum() for file in files] == sums
+print("fresh")
+"""
+    assert "fresh" in run(host, models, SET_UP + body)
+
+
+def test_embeddings_and_weights_that_are_read_directly_come_out_right(host: Host, models: Path) -> None:
+    body = """
+os.environ["LUNASHM_MODE"] = "force_local"
+local = comfy.sd.load_checkpoint_guess_config(
+    models + "/checkpoints/sd15-tiny.safetensors", output_vae=False, output_clip=True,
+    te_model_options={"dtype": torch.float32})[1]
+def cond(clip, change):
+    torch.manual_seed(3)
+    clip = clip.clone()
+    for table in ("position_embedding", "token_embedding"):
+        key = f"clip_l.transformer.text_model.embeddings.{table}.weight"
+        rows, columns = comfy.utils.get_attr(clip.patcher.model, key).shape
+        factors = (torch.randn(rows, 4) * 0.05, torch.randn(4, columns) * 0.05)
+        if change:
+            clip.add_patches({key: LoRAAdapter(set(), (*factors, 4.0, None, None, None))}, 0.9)
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize("a lighthouse at dusk"))
+before, ours, theirs = cond(clip, False), cond(clip, True), cond(local, True)
+assert (theirs - before).norm() > 1e-2 * before.norm(), "the patch changes nothing"
+error = ((ours - theirs).norm() / theirs.norm()).item()
+print("error", error)
+assert error < 5e-4, "fp16 is what a private copy of the position embedding is rounded to, as in stock"
+print("right")
+"""
+    assert "right" in run(host, models, SET_UP + body)
+
+
 def test_a_lora_file_that_changed_makes_another_picture(shared: ComfyServer, models: Path) -> None:
     name = models / "loras" / "edited.safetensors"
     shutil.copy(models / "loras" / "a.safetensors", name)
