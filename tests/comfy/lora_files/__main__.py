@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from tests.comfy.lora_files import FILES
 
 def main(arch: str, base: str, folder: str) -> None:
     made = {}
-    for seed, (name, maker) in enumerate(FILES[arch].items()):
+    for name, maker in FILES[arch].items():
         path = Path(folder) / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
-        torch.manual_seed(seed)
+        torch.manual_seed(zlib.crc32(name.encode()))  # whatever other files there are
         made[name] = (str(path), maker(Path(base), path))
     print(json.dumps(made))
 

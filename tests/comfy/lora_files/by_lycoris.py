@@ -1,7 +1,8 @@
 """Files by lycoris-lora, saved by its own ``save_weights``: every algorithm of its that ComfyUI 0.28 reads.
 
 It reads no IA3, nothing of GLoRA's ``bm``, and of fused layers in diffusers' names no bias differences. On LoKr in
-Tucker form it fails: the layer stays as it was, with an error in the log.
+Tucker form it fails: the layer stays as it was, with an error in the log. Constraints (which lycoris-lora multiplies by
+the number of rows) and OFT's rescaling (which ComfyUI leaves out) mean here what stock makes of them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "OFT": {"algo": "diag-oft"},
     "OFT with a constraint": {"algo": "diag-oft", "constraint": 0.5},
     "BOFT": {"algo": "boft", "rank": 16},
+    "OFT rescaled": {"algo": "diag-oft", "rescaled": True},
+    "BOFT rescaled with a constraint": {"algo": "boft", "rank": 16, "rescaled": True, "constraint": 0.5},
     "full": {"algo": "full"},
 }
 CONVOLUTIONS: dict[str, dict[str, Any]] = {

@@ -91,10 +91,10 @@ def _put(root: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
 
 
 def train(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Stands in for training: what starts at zero gets values, magnitudes (which start at the norms) are changed."""
+    """Stands in for training: what starts at zero gets values, magnitudes and scales are changed."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if "dora_scale" in name or "magnitude" in name:
+            if any(word in name for word in ("dora_scale", "magnitude", "rescale")):
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
             elif not parameter.any():
-                parameter.normal_(0, 0.05)
+                parameter.normal_(0, 0.1)
