@@ -16,10 +16,10 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from lunashm.client.lowrank import UnsupportedLayer, Update
 
+from .shapes import Patch, region_shape, reshapes, shape_of
+
 MAX_LOHA_RANK = 256
 """Rank of the exact low-rank form of a LoHa (the product of its two ranks) up to which that form is used."""
-
-Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 
 
 def update_of(patches: Sequence[Patch], weight: torch.Tensor, key: str, originals: Any = None) -> Update:
@@ -29,27 +29,18 @@ def update_of(patches: Sequence[Patch], weight: torch.Tensor, key: str, original
     gives the weight another shape.
     """
     update = Update(tuple(weight.shape))
-    if any(_reshapes(patch, update.shape) for patch in patches):
+    if any(reshapes(patch, update.shape) for patch in patches):
         raise UnsupportedLayer("a patch that gives the weight another shape")
     for patch in patches:
+        part = region_shape(update.shape, patch[3])
+        theirs = shape_of(patch[1], part)
+        if theirs is not None and torch.Size(theirs).numel() != torch.Size(part).numel():
+            raise UnsupportedLayer(f"a patch of shape {list(theirs)} for {list(update.shape)}")
         try:
             _add(patch, update, weight)
         except UnsupportedLayer:
             update.then(_by_comfy(patch, key, originals))
     return update
-
-
-def _reshapes(patch: Patch, shape: tuple[int, ...]) -> bool:
-    """A LoRA with ``reshape_weight``, or a difference that pads: the weight grows."""
-    _, value, _, offset, _ = patch
-    if offset is not None or isinstance(value, list):
-        return False
-    if isinstance(value, WeightAdapterBase):
-        wanted = value.weights[5] if value.name == "lora" else None
-        return wanted is not None and tuple(wanted) != shape
-    data = value[1] if len(value) == 2 else value
-    pads = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
-    return bool(pads) and tuple(data[0].shape) != shape
 
 
 def _by_comfy(patch: Patch, key: str, originals: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -6,6 +6,7 @@ the loader's own mapping of the file.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -135,8 +136,12 @@ class Binding:
         self.private_nbytes = private_nbytes
         self.layers = PatchedLayers()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> None:
-        return None  # a deep copy of the module has private parameters: nothing is bound there
+    def __deepcopy__(self, memo: dict[int, object]) -> Binding:
+        """A deep copy of the module has private parameters: nothing is bound there, but what is around its layers was
+        copied with them and must come off as ever."""
+        copied = Binding([], sum(file.nbytes for file in self.files) + self.private_nbytes)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
 
     def renewals(self) -> list[tuple[SharedFile, Attachment]]:
         """New attachments for the files whose host is gone, where another host is there."""

@@ -19,7 +19,8 @@ import torch
 
 from lunashm.client.lowrank import Injection, UnsupportedLayer, Update, inject
 
-from .adapters import Patch, update_of
+from .adapters import update_of
+from .shapes import Patch
 from .units import size
 
 READ_DIRECTLY = (
@@ -69,6 +70,7 @@ class PatchedLayers:
     def __init__(self) -> None:
         self.injections: dict[str, Injection] = {}
         self.rungs = Rungs()
+        self.said_merge = False
         self.exchangeable = False  # whether the model was loaded in a way that patches alone make no difference to
         self._base: dict[str, Update | None] = {}  # of layers with a hook's update on top: what they had before
 
@@ -96,11 +98,13 @@ class PatchedLayers:
 
     def put(self, model: torch.nn.Module, key: str, update: Update) -> None:
         """Around the layer of ``key``, in place of what is there. Raises UnsupportedLayer, with that still there."""
-        if key in self.injections:
-            self.injections[key].replace(update)
-        elif not update.is_identity:
-            module = comfy.utils.get_attr(model, key.rpartition(".")[0])
-            self.injections[key] = inject(module, update, _plain)
+        module = comfy.utils.get_attr(model, key.rpartition(".")[0])
+        present = self.injections.get(key)
+        if present is not None and present.module is module:
+            present.replace(update)
+            return
+        self.take_off(key)  # it is around a layer that an object patch has put away
+        self.injections[key] = inject(module, update, _plain)  # an identity, too: the patch is done, nobody shall copy
 
     def exchange(self, model: torch.nn.Module, updates: dict[str, Update]) -> None:
         """What is around the layers becomes ``updates`` and nothing else. Raises UnsupportedLayer, half done."""
@@ -112,19 +116,21 @@ class PatchedLayers:
     def put_hook(self, model: torch.nn.Module, key: str, update: Update) -> None:
         """The same for a weight hook's update, base patches included; :meth:`unhook` brings these back."""
         before = self.injections[key].update if key in self.injections else None
+        base = self._base.get(key, before)
         self.put(model, key, update)
-        self._base.setdefault(key, before)
+        self._base.setdefault(key, base)
 
     def unhook(self, keys: set[str] | None = None) -> None:
         """Layers with a hook's update (all, or those of ``keys``) have their base patches again."""
         for key in [k for k in self._base if keys is None or k in keys]:
             base = self._base.pop(key)
-            if base is not None:
+            if base is not None and key in self.injections:
                 self.injections[key].replace(base)
             else:
                 self.take_off(key)
 
     def take_off(self, key: str) -> bool:
+        self._base.pop(key, None)
         injection = self.injections.pop(key, None)
         if injection is not None:
             injection.remove()
@@ -141,6 +147,8 @@ class PatchedLayers:
         rungs = Rungs(private=len(private), reasons=reasons)
         rungs.private_nbytes = sum(comfy.utils.get_attr(model, key).nbytes for key in private)
         for injection in self.injections.values():
+            if injection.update.is_identity:
+                continue
             if injection.update.is_dense:
                 rungs.transient += 1
                 rungs.transient_nbytes += injection.weight_nbytes

@@ -17,11 +17,11 @@ from typing import Any
 
 import comfy.sd
 import torch
-from comfy.weight_adapter import WeightAdapterBase
 
 from lunashm.client.factors import FactorCache
 
 from .patcher import SharedModelPatcher
+from .shapes import grown_shape, region_shape, shape_of
 from .trace import TaggedStateDict
 
 log = logging.getLogger("lunashm.comfy")
@@ -33,6 +33,9 @@ NAMED = 5
 """How many keys a message names."""
 
 _TEXT_ENCODER = ("lora_te", "text_encoder")  # keys that nobody misses where a LoRA goes onto the model only
+
+_NODES = {"LoraLoader": "load_lora", "CreateHookLora": "create_hook", "LoraLoaderBypass": "load_lora"}
+"""Nodes that keep the last file by its name; their ModelOnly forms inherit from them."""
 
 Loaded = tuple[dict[str, torch.Tensor], Any]
 
@@ -46,13 +49,12 @@ def install(read: Callable[[str], Any]) -> None:
     global _files
     _files = FactorCache(lambda path: _read(read, path), _nbytes, CACHE_NBYTES)
     comfy.sd.load_lora_for_models = _checked(comfy.sd.load_lora_for_models)
-    for name in ("LoraLoader", "LoraLoaderModelOnly"):
-        node = getattr(sys.modules.get("nodes"), name, None)
-        if node is not None and not hasattr(node, "IS_CHANGED"):
+    classes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    for name, method in _NODES.items():
+        node = classes.get(name)
+        if node is not None and hasattr(node, method) and not hasattr(node, "IS_CHANGED"):
             node.IS_CHANGED = classmethod(_is_changed)
-    node = getattr(sys.modules.get("nodes"), "LoraLoader", None)
-    if node is not None:
-        node.load_lora = _forgetful(node.load_lora)
+            setattr(node, method, _forgetful(getattr(node, method)))
 
 
 _files: FactorCache[Loaded] | None = None
@@ -150,57 +152,13 @@ def _check_shapes(name: str, before: SharedModelPatcher, after: SharedModelPatch
     shapes = {key: tensor.shape for key, tensor in after.model.state_dict().items()}
     for key, patches in after.patches.items():
         for _, value, _, offset, _ in patches[len(before.patches.get(key, ())) :]:
-            layer = list(shapes[key])
-            if offset is not None:
-                layer[offset[0]] = offset[2]
+            layer = region_shape(grown_shape(before.patches.get(key, ()), shapes[key]), offset)
             theirs = shape_of(value, layer)
             if theirs is not None and torch.Size(theirs).numel() != torch.Size(layer).numel():
                 raise LoraMismatchError(
                     f"[lunashm] {name} does not fit this model: {key} is {layer}, the LoRA's is {list(theirs)}. "
                     "It was made for another kind of model; the model is as it was"
                 )
-
-
-def shape_of(value: Any, layer: list[int]) -> tuple[int, ...] | None:
-    """The shape of the weight that a patch was made for, a kernel perhaps flattened; None where any will do.
-
-    Kinds that speak of a part of the shape only get the rest from ``layer``.
-    """
-    if isinstance(value, WeightAdapterBase):
-        return _adapter_shape(value.name, value.weights, layer)
-    if not isinstance(value, tuple) or isinstance(value[0], list):
-        return None
-    _, data = value if len(value) == 2 else ("diff", value)
-    padded = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
-    return None if padded else tuple(data[0].shape)
-
-
-def _adapter_shape(kind: str, weights: Any, layer: list[int]) -> tuple[int, ...] | None:
-    if kind == "lora":
-        up, down, _, mid, _, reshape = weights
-        if reshape is not None:
-            return None
-        kernel = 1 if mid is None else mid[0, 0].numel()
-        return up.shape[0], down[:1].numel() * kernel * up[0].numel() // down.shape[0]
-    if kind == "loha":
-        w1a, w1b, _, _, _, t1, *_ = weights
-        return (w1a.shape[0], w1b.shape[1]) if t1 is None else (w1a.shape[1], w1b.shape[1], *t1.shape[2:])
-    if kind == "lokr":
-        w1, w2, _, w1a, w1b, w2a, w2b, t2, _ = weights
-        first = w1.shape if w1 is not None else (w1a.shape[0], w1b.shape[1])
-        if w2 is not None:
-            second = tuple(w2.shape)
-        else:
-            second = (w2a.shape[0], w2b.shape[1]) if t2 is None else (w2a.shape[1], w2b.shape[1], *t2.shape[2:])
-        return first[0] * second[0], first[1] * second[1], *second[2:]
-    if kind in ("oft", "boft"):
-        blocks, size = weights[0].shape[-3:-1]
-        return blocks * size, *layer[1:]
-    if kind == "glora":
-        _, _, b1, b2, *_ = weights
-        old, new = (b2.shape[0], b1[:1].numel()), (b1.shape[0], b2[:1].numel())
-        return old if old == (layer[0], torch.Size(layer[1:]).numel()) else new
-    return None
 
 
 class _Unmatched(logging.Filter):
@@ -221,9 +179,11 @@ class _Unmatched(logging.Filter):
         logging.getLogger().removeFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if threading.get_ident() != self._thread:
+            return True
         message = record.getMessage()
         found = next((prefix for prefix in self.PREFIXES if message.startswith(prefix)), None)
-        if found is None or threading.get_ident() != self._thread:
+        if found is None:
             return True
         self.keys.append(message.removeprefix(found))
         return False

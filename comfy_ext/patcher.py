@@ -16,6 +16,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.sd
 import comfy.utils
 import torch
 
@@ -31,9 +32,17 @@ log = logging.getLogger("lunashm.comfy")
 
 _HOST_ATTRIBUTE = "lunashm"
 
+_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # where 0.8 has it
+
 
 _NOT_AROUND_ITS_LAYER = (UnsupportedLayer, RuntimeError, ValueError, IndexError)
 """The last three: factors of shapes that nobody foresaw are stock's to judge."""
+
+
+def _raise_out_of_memory(exc: Exception) -> None:
+    """No reason to copy: OutOfMemoryError of a GPU, DefaultCPUAllocator's plain RuntimeError."""
+    if isinstance(exc, torch.OutOfMemoryError) or "not enough memory" in str(exc):
+        raise exc
 
 
 class PrivateBudgetError(RuntimeError):
@@ -46,7 +55,7 @@ def binding_of(model: torch.nn.Module) -> Binding | None:
 
 
 def show_patched_weights() -> None:
-    """ControlLora copies the UNet's weights, patches included: have them merged, as in stock, before it looks."""
+    """ControlLora and, in ComfyUI 0.8, CLIPSave copy weights, patches included: have them merged before they look."""
     stock = comfy.controlnet.ControlLora.pre_run
 
     def pre_run(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +65,14 @@ def show_patched_weights() -> None:
         stock(self, model, *args, **kwargs)
 
     comfy.controlnet.ControlLora.pre_run = pre_run
+    stock_get_sd = comfy.sd.CLIP.get_sd
+
+    def get_sd(self: Any) -> Any:
+        if isinstance(self.patcher, SharedModelPatcher):
+            self.patcher.make_all_private("the text encoder is saved")
+        return stock_get_sd(self)
+
+    comfy.sd.CLIP.get_sd = get_sd
 
 
 def check_adoptable(patcher: comfy.model_patcher.ModelPatcher) -> None:
@@ -106,7 +123,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         binding = binding_of(self.model)
         if binding is None:
             return super().model_size()
-        return binding.private_nbytes + binding.layers.nbytes
+        copied = sum(comfy.utils.get_attr(self.model, key).nbytes for key in self.backup)
+        return binding.private_nbytes + binding.layers.nbytes + copied
 
     def loaded_size(self) -> int:
         return min(super().loaded_size(), self.model_size())
@@ -129,18 +147,19 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         self.keep_current()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             loaded = self.model.current_weight_patches_uuid
-            same = loaded == self.patches_uuid and not force_patch_weights
-            if loaded is not None and not same and (force_patch_weights or not self._exchange_patches(device_to)):
-                self.unpatch_model(None, unpatch_weights=True)
-                loaded = None
-            else:
-                self.unpatch_model(None, unpatch_weights=False)
+            whole = loaded is not None and (force_patch_weights or self._hides_forwards())
+            self.unpatch_model(None, unpatch_weights=whole)
             self.patch_model(load_weights=False)
-            if loaded is not None:
-                self.apply_hooks(self.forced_hooks, force_apply=True)
-                return 0
             try:
-                self.load(device_to, full_load=True)
+                loaded = self.model.current_weight_patches_uuid
+                if loaded is not None and loaded != self.patches_uuid and not self._exchange_patches(device_to):
+                    self.unpatch_model(None, unpatch_weights=True)
+                    self.patch_model(load_weights=False)
+                    loaded = None
+                if loaded is not None:
+                    self.apply_hooks(self.forced_hooks, force_apply=True)
+                else:
+                    self.load(device_to, force_patch_weights=force_patch_weights, full_load=True)
             except Exception:
                 self.detach()
                 raise
@@ -153,13 +172,29 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        reasons = self._put_around_layers()
-        if force_patch_weights and not hasattr(comfy.model_patcher.ModelPatcher, "model_state_dict_for_saving"):
-            self.make_all_private("they are saved")  # ComfyUI 0.8 saves what the model shows
+        self.unpatch_hooks()
+        reasons: Counter[str] = Counter()
+        if force_patch_weights:  # somebody will look at the weights themselves: ComfyUI 0.8 before it saves them, packs
+            self._layers.take_off_all()
+            reasons["being asked for merged weights"] = len(self.patches)
+        else:
+            reasons = self._put_around_layers()
         super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
+        self._mark_unmerged()
         self._layers.exchangeable = self._loads_plainly
         self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(reasons)
+
+    def _mark_unmerged(self) -> None:
+        """ComfyUI 0.28 merges a tensor when it is saved or extracted, if its module does not say it is patched."""
+        for key in self._layers.injections:
+            comfy.utils.get_attr(self.model, key.rpartition(".")[0]).comfy_patched_weights = False
+
+    def _hides_forwards(self) -> bool:
+        """Whether an object patch, old or new, replaces the forward of a layer that something is around."""
+        patched = {key.removesuffix(".forward") for key in (*self.object_patches, *self.object_patches_backup)}
+        keys = (*self._layers.injections, *self.patches) if patched else ()
+        return any(key.rpartition(".")[0] in patched for key in keys)
 
     @property
     def _loads_plainly(self) -> bool:
@@ -176,10 +211,13 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
             return False
         self.unpatch_hooks()
         try:
-            updates = {key: layers.update_for(self.model, key, patches) for key, patches in self.patches.items()}
+            patches = self._patches_of_present_layers()
+            updates = {key: layers.update_for(self.model, key, patches[key]) for key in patches}
             layers.exchange(self.model, updates)
-        except _NOT_AROUND_ITS_LAYER:
+        except _NOT_AROUND_ITS_LAYER as exc:
+            _raise_out_of_memory(exc)
             return False
+        self._mark_unmerged()
         self.model.current_weight_patches_uuid = self.patches_uuid
         self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(Counter())
@@ -188,6 +226,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         return True
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        self.eject_model()
         if unpatch_weights:
             self._layers.take_off_all()
         super().unpatch_model(None, unpatch_weights=unpatch_weights)
@@ -204,17 +243,23 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         """How the patches that are applied now were done, layer by layer counted."""
         return self._layers.rungs
 
+    def _patches_of_present_layers(self) -> dict[str, Any]:
+        """A pack's object patch may have replaced a layer by something without such a weight: stock skips it, too."""
+        present = {name for name, _ in self.model.named_parameters()}
+        return {key: patches for key, patches in self.patches.items() if key in present}
+
     def _put_around_layers(self) -> Counter[str]:
         """Everything that needs no copy; returns why the rest does. Raises PrivateBudgetError, with nothing applied."""
         reasons: Counter[str] = Counter()
         binding, layers = binding_of(self.model), self._layers
         private: list[str] = []
-        for key in [] if binding is None else self.patches:
+        for key in [] if binding is None else self._patches_of_present_layers():
             if key in layers or key in self.backup:
                 continue
             try:
                 layers.put(self.model, key, layers.update_for(self.model, key, self.patches[key]))
             except _NOT_AROUND_ITS_LAYER as exc:
+                _raise_out_of_memory(exc)
                 reasons[str(exc)] += 1
                 private.append(key)
         self._check_budget(private, reasons)
@@ -244,7 +289,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         name = type(self.model).__name__
         log.info("[lunashm] %s patched: %s", name, rungs)
         merged = [key for key in self.patches if any(isinstance(patch[1], list) for patch in self.patches[key])]
-        if merged and rungs.transient:
+        if merged and rungs.transient and not self._layers.said_merge:
+            self._layers.said_merge = True
             nbytes = sum(comfy.utils.get_attr(self.model, key).nbytes for key in merged)
             log.warning(
                 "[lunashm] %s is a merge: %d layers (%s) are merged anew at every step, which costs time, not memory; "
@@ -260,17 +306,6 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         for key in keys:
             self._make_private(key)
 
-    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
-        # ComfyUI 0.28 merges one tensor at a time while the file is written, if the module does not say it was patched
-        modules = [comfy.utils.get_attr(self.model, key.rpartition(".")[0]) for key in self._layers.injections]
-        for module in modules:
-            module.comfy_patched_weights = False
-        try:
-            return super().model_state_dict_for_saving(*args, **kwargs)
-        finally:
-            for module in modules:
-                module.comfy_patched_weights = True
-
     def patch_weight_to_device(
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
     ) -> Any:
@@ -278,8 +313,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
             if key in self.backup:
                 return comfy.utils.get_attr(self.model, key)  # patched already
             return super().patch_weight_to_device(key, device_to, return_weight=True, **kwargs)
-        if key in self._layers:
-            return None  # it is around the layer already
+        if key in self._layers or key in self.backup:
+            return None  # it is around the layer already, or merged
         return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
@@ -321,8 +356,15 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
         done = cached_weights[key][0]
-        if isinstance(done, Update):
+        if isinstance(done, Update) and key not in self.backup:
+            if key in self.hook_backup:  # another group's tensor
+                comfy.utils.set_attr_param(self.model, key, self.hook_backup.pop(key)[0])
             self._layers.put_hook(self.model, key, done)
+        elif isinstance(done, Update):  # merged privately since, base patches included
+            self._keep_for_hooks(key)
+            base = self.hook_backup[key][0]
+            raw = self.backup[key].weight
+            comfy.utils.set_attr_param(self.model, key, done.apply_to(raw).to(base.dtype))
         else:
             self._keep_for_hooks(key)
             comfy.utils.set_attr_param(self.model, key, done)
@@ -332,7 +374,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         weight = self._keep_for_hooks(key)
         base = weight.to(device=weight.device, dtype=torch.float32, copy=True)
         merged = comfy.lora.calculate_weight(patches, base, key, original_weights=original_weights)
-        return comfy.float.stochastic_rounding(merged, weight.dtype, seed=comfy.utils.string_to_seed(key))
+        return comfy.float.stochastic_rounding(merged, weight.dtype, seed=_seed(key))
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         with self.use_ejected():

@@ -43,7 +43,8 @@ def model_merge(ratio: float = 0.4) -> Graph:
 
 def clip_merge(ratio: float = 0.3) -> Graph:
     """The text encoder merged with itself under two LoRAs."""
-    graph = txt2img_checkpoint("sd15-tiny.safetensors", loras=[("a.safetensors", 0.0, 1.0), ("b.safetensors", 0.0, 0.8)])
+    loras = [("a.safetensors", 0.0, 1.0), ("b.safetensors", 0.0, 0.8)]
+    graph = txt2img_checkpoint("sd15-tiny.safetensors", loras=loras)
     clip = graph["positive"]["inputs"]["clip"]
     graph["merge"] = _node("CLIPMergeSimple", clip1=["checkpoint", 1], clip2=clip, ratio=ratio)
     for prompt in ("positive", "negative"):

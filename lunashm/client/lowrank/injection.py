@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from lunashm.client.lowrank.layers import Layer, layer_of, spread
-from lunashm.client.lowrank.update import Pair, UnsupportedLayer, Update
+from lunashm.client.lowrank.layers import Layer, computes_plainly, layer_of, spread
+from lunashm.client.lowrank.update import UnsupportedLayer, Update
 
 Plain = Callable[[torch.nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None] | None]
 """Weight and bias in the dtype and on the device of the given input, where the module does nothing but
@@ -53,10 +53,13 @@ class Injection:
         self._update = update
         self._layer = layer_of(self._module, update)
         self._idle = update.is_identity
-        self._pairs: dict[tuple[torch.dtype, torch.device], Pair] = {}
         if not self._idle and not self._installed:
             self._module.forward = self._forward
             self._installed = True
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._module
 
     @property
     def update(self) -> Update:
@@ -65,10 +68,9 @@ class Injection:
     @property
     def nbytes(self) -> int:
         """Private bytes: factors in the dtypes they were needed in; before the first call, in the weight's dtype."""
-        held = sum(tensor.nbytes for pair in self._pairs.values() for tensor in pair)
-        if not self._pairs and not self._update.is_dense:
-            held = self._update.pair_numel * self._weight.element_size()
-        return self._update.nbytes + held
+        update = self._update
+        made = update.has_pairs or update.is_dense
+        return update.nbytes + (0 if made else update.pair_numel * self._weight.element_size())
 
     @property
     def weight_nbytes(self) -> int:
@@ -91,11 +93,12 @@ class Injection:
             else:
                 self._module.forward = self._own_forward
 
-    def _forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        if self._idle:
-            return self._stock(x, *args, **kwargs)
+    def _forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        if self._idle or not args or not isinstance(args[0], torch.Tensor):
+            return self._stock(*args, **kwargs) if self._idle else self._forward(kwargs.pop("input"), *args, **kwargs)
+        x, args = args[0], args[1:]
         layer = self._layer
-        if layer is None or self.takes_fresh_weight(x):
+        if layer is None or not computes_plainly(self._module) or self.takes_fresh_weight(x):
             return self._merged(x, *args, **kwargs)
         if x.dtype in _HALF:
             plain = None
@@ -125,7 +128,7 @@ class Injection:
             updated = self._update.apply_to(weight).to(dtype)
         else:
             pair_dtype = torch.float32 if x.device.type == "cpu" else dtype
-            updated = self._update.merged(weight, self._pair(pair_dtype, weight.device), dtype)
+            updated = self._update.merged(weight, self._update.pair(pair_dtype, weight.device), dtype)
         parameters["weight"] = torch.nn.Parameter(updated, requires_grad=False)
         try:
             return self._stock(x, *args, **kwargs)
@@ -141,27 +144,19 @@ class Injection:
             y = y * spread(scales.column.to(y.device, y.dtype), y, -1)
         if scales.row is not None:
             y = layer.scale_output(x, y, scales.row, getattr(self._module, "bias", None))
-        down, up = self._pair(_branch_dtype(y), y.device)
+        down, up = self._update.pair(_branch_dtype(y), y.device)
         return layer.add(y, x, down, up, in_place=self._own_forward is None)
 
     def _as_addend(
         self, layer: Layer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """The same for a plain linear layer in half precision: the branch first, so that the sum is rounded once."""
-        down, up = self._pair(_branch_dtype(x), x.device)
+        down, up = self._update.pair(_branch_dtype(x), x.device)
         addend = torch.zeros(*x.shape[:-1], self._update.shape[0], dtype=down.dtype, device=x.device)
         if bias is not None:
             addend += bias
         flat = layer.add(addend, x, down, up, in_place=True).to(x.dtype).view(-1, addend.shape[-1])
         return flat.addmm_(x.reshape(-1, x.shape[-1]), weight.t()).view(addend.shape)
-
-    def _pair(self, dtype: torch.dtype, device: torch.device) -> Pair:
-        """A and B, made once for each dtype and device."""
-        pair = self._pairs.get((dtype, device))
-        if pair is None:
-            with torch.inference_mode(False), torch.no_grad():
-                pair = self._pairs[dtype, device] = self._update.pair(dtype, device)
-        return pair
 
 
 def inject(module: torch.nn.Module, update: Update, plain: Plain = plain_linear) -> Injection:

@@ -54,6 +54,12 @@ def layer_of(module: torch.nn.Module, update: Update) -> Layer | None:
     return None
 
 
+def computes_plainly(module: torch.nn.Module) -> bool:
+    """False where somebody gave this module a computation of its own (a circular ``_conv_forward``, say): what a branch
+    repeats would be another. Asked at each call, as packs do that at any time."""
+    return "_conv_forward" not in module.__dict__
+
+
 def spread(vector: torch.Tensor, like: torch.Tensor, dimension: int) -> torch.Tensor:
     """``vector`` along one dimension of ``like``, to broadcast over the others."""
     shape = [1] * like.dim()

@@ -22,10 +22,10 @@ class Scales:
     column: torch.Tensor | None = None
 
     def scale_rows(self, factor: torch.Tensor) -> None:
-        self.row = factor if self.row is None else self.row * factor
+        self.row = factor if self.row is None else self.row * factor.to(self.row.device)
 
     def scale_columns(self, factor: torch.Tensor) -> None:
-        self.column = factor if self.column is None else self.column * factor
+        self.column = factor if self.column is None else self.column * factor.to(self.column.device)
 
     @property
     def nbytes(self) -> int:

@@ -75,6 +75,7 @@ class Update:
             raise UnsupportedLayer(f"a weight of shape {list(shape)} has no rows and columns")
         self.shape = tuple(shape)
         self._steps = [Step()]
+        self._pairs: dict[tuple[torch.dtype, torch.device], Pair] = {}
 
     @property
     def step(self) -> Step:
@@ -97,8 +98,14 @@ class Update:
 
     @property
     def nbytes(self) -> int:
-        """Private bytes that it holds itself: computed factors and scales; a file's tensors are the file's."""
-        return sum(step.nbytes for step in self._steps)
+        """Private bytes that it holds: computed factors, scales, pairs; a file's tensors are the file's."""
+        made = sum(tensor.nbytes for pair in self._pairs.values() for tensor in pair)
+        return made + sum(step.nbytes for step in self._steps)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether :meth:`pair` was made and is held."""
+        return bool(self._pairs)
 
     @property
     def pair_numel(self) -> int:
@@ -175,8 +182,12 @@ class Update:
         self._steps.append(Step())
 
     def pair(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in, *kernel) and B (out, r) of all factors after the last dense step."""
-        return _pair(self.step, self.shape, dtype, device)
+        """A (r, in, *kernel) and B (out, r) of all factors after the last dense step; made once, then kept."""
+        pair = self._pairs.get((dtype, device))
+        if pair is None:
+            with torch.inference_mode(False), torch.no_grad():
+                pair = self._pairs[dtype, device] = _pair(self.step, self.shape, dtype, device)
+        return pair
 
     def apply_to(self, weight: torch.Tensor) -> torch.Tensor:
         """The updated weight as a new float32 tensor: the reference, and what DoRA's norms are taken of."""
