@@ -16,7 +16,8 @@ pytestmark = pytest.mark.comfy
 SD15 = "sd15-tiny.safetensors"
 LORAS = txt2img_checkpoint(SD15, loras=[("a.safetensors", 0.8, 0.6), ("b.safetensors", -0.5, 0.9)])
 KEYFRAMES = graphs.hook_lora(keyframes=True)
-"""These are equal to stock's within rounding: tests/comfy/test_lora.py."""
+MERGE = graphs.model_merge()
+"""The first two are equal to stock's within rounding: tests/comfy/test_lora.py."""
 
 WORKFLOWS = {
     "sd15": txt2img_checkpoint(SD15),
@@ -28,7 +29,6 @@ WORKFLOWS = {
     "vae": vae_only("vae-tiny.safetensors"),
     "vae through a link": vae_only("linked.safetensors"),
     "clip skip": graphs.clip_skip(),
-    "model merge": graphs.model_merge(),
     "sd15 after all that": txt2img_checkpoint(SD15, seed=1, steps=3),
 }
 
@@ -39,6 +39,12 @@ def test_image_is_byte_identical_to_stocks(name: str, stock: ComfyServer, shared
     ours = shared.render(workflow)
     assert pixels(ours).std() > 1, "a flat image would prove nothing"
     assert ours == stock.render(workflow)
+
+
+def test_image_of_a_merge_is_stocks_to_the_bit(stock: ComfyServer, shared: ComfyServer) -> None:
+    """Pixels, not files: the picture's metadata says which LoRA file was read (IS_CHANGED), stock's does not."""
+    ours, theirs = (pixels(server.render(MERGE)) for server in (shared, stock))
+    assert (ours == theirs).all()
 
 
 def test_a_link_into_a_content_addressed_store_is_followed(shared: ComfyServer) -> None:
@@ -55,7 +61,7 @@ def test_both_files_of_a_dual_loader_are_attached(shared: ComfyServer) -> None:
 
 def test_loras_and_merges_change_the_picture(shared: ComfyServer) -> None:
     plain = pixels(shared.render(WORKFLOWS["sd15"]))
-    for name, workflow in (WORKFLOWS | {"two loras": LORAS, "keyframes": KEYFRAMES}).items():
+    for name, workflow in (WORKFLOWS | {"two loras": LORAS, "keyframes": KEYFRAMES, "model merge": MERGE}).items():
         if name in ("two loras", "keyframes", "model merge", "clip skip"):
             assert (pixels(shared.render(workflow)) != plain).any(), f"{name} had no effect"
 
@@ -74,6 +80,6 @@ def test_the_shared_bytes_are_untouched_by_all_of_it(shared: ComfyServer, host: 
     dtypes = {prefix: dtype for prefix, dtype in model["rules"]}
     with attach(model["path"], dtypes=dtypes, endpoint=endpoint) as attachment:
         before = attachment.checksum()
-        for workflow in (LORAS, KEYFRAMES, WORKFLOWS["model merge"]):
+        for workflow in (LORAS, KEYFRAMES, MERGE):
             shared.render(again(workflow, nonce=7))
         assert attachment.checksum() == before
