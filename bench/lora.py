@@ -34,6 +34,8 @@ DEPTHS = (1, 2, 4, 8)
 STACKS = ((0, 1), (2, 3))
 SAME = 1e-6
 NOTES = (
+    "all processes keep freed memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_): with glibc's defaults new "
+    "pages, not LoRAs, decide over a step of SD1.5",
     "floor: operations of the two thin products of each call of each patched layer, over those of the whole step "
     "without LoRA (matrix products, convolutions, attention); 2 sum(r) / d for a step of square layers only",
     "to be checked on a GPU: at most +3% per step at rank sum 32 on SDXL at 1024x1024",
