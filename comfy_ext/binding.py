@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +23,11 @@ from lunashm.errors import ForkedProcess, InvalidCheckpoint, LunashmError, Model
 from lunashm.manifest import DtypeRule
 from lunashm.views import NAMES
 
-from .layers import PatchedLayers
 from .rules import rules_for
 from .trace import FileTensors, Origin, Slot, Trace
+
+if TYPE_CHECKING:
+    from .layers import PatchedLayers  # needs ComfyUI
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -131,17 +134,16 @@ def shows_generation(generation: int) -> bool:
 class Binding:
     """What one model (a root module) shares. Kept on the module as ``lunashm``, so that all its patchers see it."""
 
-    def __init__(self, files: list[SharedFile], private_nbytes: int) -> None:
+    def __init__(self, files: list[SharedFile], private_nbytes: int, layers: PatchedLayers) -> None:
         self.files = files
         self.private_nbytes = private_nbytes
-        self.layers = PatchedLayers()
+        self.layers = layers
 
     def __deepcopy__(self, memo: dict[int, object]) -> Binding:
         """A deep copy of the module has private parameters: nothing is bound there, but what is around its layers was
         copied with them and must come off as ever."""
-        copied = Binding([], sum(file.nbytes for file in self.files) + self.private_nbytes)
-        copied.layers = copy.deepcopy(self.layers, memo)
-        return copied
+        private_nbytes = sum(file.nbytes for file in self.files) + self.private_nbytes
+        return Binding([], private_nbytes, copy.deepcopy(self.layers, memo))
 
     def renewals(self) -> list[tuple[SharedFile, Attachment]]:
         """New attachments for the files whose host is gone, where another host is there."""

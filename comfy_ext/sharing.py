@@ -19,6 +19,7 @@ from lunashm.errors import LoadTimeout, LunashmError, ModelNotReady, SettingsErr
 from lunashm.manifest import DtypeRule
 
 from . import binding, hostlink
+from .layers import PatchedLayers
 from .patcher import adopt, check_adoptable
 from .trace import Trace, UntraceableError
 from .units import size
@@ -107,7 +108,7 @@ def _attach(traced: Trace, session: Session, wait_s: float, holders: list[Any]) 
         own = binding.private_tensors(patcher.model, bound[root])
         private += own
         if bound[root]:
-            adopt(patcher, binding.Binding(bound[root], sum(tensor.nbytes for _, tensor in own)))
+            adopt(patcher, binding.Binding(bound[root], sum(tensor.nbytes for _, tensor in own), PatchedLayers()))
     _report(everything, private)
 
 
