@@ -239,6 +239,43 @@ print("fresh")
     assert "fresh" in run(host, models, SET_UP + body)
 
 
+def test_a_deep_copy_has_bytes_and_loras_of_its_own(host: Host, models: Path) -> None:
+    """As a pack makes one that changes layers: with what is on them, as stock's merged weights would be copied."""
+    body = """
+import copy
+load(patched("a.safetensors"))
+patched_out = out()
+twin = copy.deepcopy(base.model.diffusion_model)
+mine = comfy.utils.get_attr(twin, layer.removeprefix("diffusion_model."))
+load(base)
+with torch.inference_mode():
+    assert torch.equal(mine(x), patched_out)
+assert torch.equal(out(), plain)
+assert not {p.data_ptr() for p in twin.parameters()} & set(pointers.values())
+print("apart")
+"""
+    assert "apart" in run(host, models, SET_UP + body)
+
+
+def test_a_layer_that_an_object_patch_hides_is_passed_over(host: Host, models: Path) -> None:
+    body = """
+attention = layer.rpartition(".")[0]
+class Other(torch.nn.Module):
+    def forward(self, x, *args, **kwargs):
+        return x
+model = patched("a.safetensors")
+model.add_object_patch(attention, Other())
+load(model)
+assert layer + ".weight" not in layers.injections and layers.injections
+load(base)
+assert torch.equal(out(), plain)
+load(patched("a.safetensors"))
+assert not torch.equal(out(), plain), "the layer is back, its LoRA is not"
+print("passed over")
+"""
+    assert "passed over" in run(host, models, SET_UP + body)
+
+
 def test_embeddings_and_weights_that_are_read_directly_come_out_right(host: Host, models: Path) -> None:
     body = """
 os.environ["LUNASHM_MODE"] = "force_local"
