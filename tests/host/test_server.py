@@ -27,6 +27,9 @@ from tests import checkpoints
 from tests.hosting import Hosting
 from tests.waiting import until
 
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+"""As they are before any host ran: a shell starts what runs in the background with SIGINT ignored."""
+
 
 @pytest.fixture
 def hosting(tmp_path: Path) -> Iterator[Hosting]:
@@ -113,8 +116,7 @@ def test_server_gives_back_all_descriptors_and_threads(tmp_path: Path) -> None:
 
 
 def test_signals_stay_as_they_were_off_the_main_thread(hosting: Hosting) -> None:
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert {number: signal.getsignal(number) for number in SIGNALS} == SIGNALS
 
 
 def test_shutdown_is_answered_and_ends_the_host(hosting: Hosting) -> None:
