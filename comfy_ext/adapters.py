@@ -16,7 +16,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from lunashm.client.lowrank import UnsupportedLayer, Update
 
-from .shapes import Patch, region_shape, reshapes, shape_of
+from .shapes import Patch, misfit, region_shape, reshapes
 
 MAX_LOHA_RANK = 256
 """Rank of the exact low-rank form of a LoHa (the product of its two ranks) up to which that form is used."""
@@ -32,9 +32,8 @@ def update_of(patches: Sequence[Patch], weight: torch.Tensor, key: str, original
     if any(reshapes(patch, update.shape) for patch in patches):
         raise UnsupportedLayer("a patch that gives the weight another shape")
     for patch in patches:
-        part = region_shape(update.shape, patch[3])
-        theirs = shape_of(patch[1], part)
-        if theirs is not None and torch.Size(theirs).numel() != torch.Size(part).numel():
+        theirs = misfit(patch[1], region_shape(update.shape, patch[3]))
+        if theirs is not None:
             raise UnsupportedLayer(f"a patch of shape {list(theirs)} for {list(update.shape)}")
         try:
             _add(patch, update, weight)
@@ -79,13 +78,9 @@ class Region:
     def __init__(self, update: Update, offset: tuple[int, int, int] | None, function: Any = None) -> None:
         self.update = update
         self._offset = offset
-        shape = list(update.shape)
-        if offset is not None:
-            dimension, _, length = offset
-            if dimension not in (0, 1):
-                raise UnsupportedLayer(f"a part along dimension {dimension}")
-            shape[dimension] = length
-        self.shape = tuple(shape)
+        if offset is not None and offset[0] not in (0, 1):
+            raise UnsupportedLayer(f"a part along dimension {offset[0]}")
+        self.shape = tuple(region_shape(update.shape, offset))
         self._order = None if function is None else row_order(function, self.shape)
 
     def scale(self, factor: float) -> None:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,9 +116,9 @@ class PatchedLayers:
     def put_hook(self, model: torch.nn.Module, key: str, update: Update) -> None:
         """The same for a weight hook's update, base patches included; :meth:`unhook` brings these back."""
         before = self.injections[key].update if key in self.injections else None
-        base = self._base.get(key, before)
+        base = self._base.get(key, before)  # put() forgets it where it takes something off
         self.put(model, key, update)
-        self._base.setdefault(key, base)
+        self._base[key] = base
 
     def unhook(self, keys: set[str] | None = None) -> None:
         """Layers with a hook's update (all, or those of ``keys``) have their base patches again."""
@@ -138,14 +138,12 @@ class PatchedLayers:
 
     def take_off_all(self) -> None:
         self.exchangeable = False
-        self._base.clear()
         for key in reversed(list(self.injections)):
             self.take_off(key)
 
     def count(self, model: torch.nn.Module, private: Sequence[str], reasons: Counter[str]) -> Rungs:
         """The report for what is applied now; ``private``: keys of the tensors that were copied."""
-        rungs = Rungs(private=len(private), reasons=reasons)
-        rungs.private_nbytes = sum(comfy.utils.get_attr(model, key).nbytes for key in private)
+        rungs = Rungs(private=len(private), private_nbytes=nbytes_of(model, private), reasons=reasons)
         for injection in self.injections.values():
             if injection.update.is_identity:
                 continue
@@ -157,6 +155,11 @@ class PatchedLayers:
                 rungs.low_rank_nbytes += injection.nbytes
         self.rungs = rungs
         return rungs
+
+
+def nbytes_of(model: torch.nn.Module, keys: Iterable[str]) -> int:
+    """Of these parameters as they are now."""
+    return sum(comfy.utils.get_attr(model, key).nbytes for key in keys)
 
 
 def _plain(module: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:

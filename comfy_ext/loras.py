@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,16 @@ import comfy.sd
 import torch
 
 from lunashm.client.factors import FactorCache
+from lunashm.client.lora_file import listed, not_finite
 
 from .patcher import SharedModelPatcher
-from .shapes import grown_shape, region_shape, shape_of
-from .trace import TaggedStateDict
+from .shapes import grown_shape, misfit, region_shape
+from .trace import FileIdentity, TaggedStateDict
 
 log = logging.getLogger("lunashm.comfy")
 
 CACHE_NBYTES = 2 << 30
 """Of LoRA files kept for the next time; they are mapped files, whose pages the kernel may drop."""
-
-NAMED = 5
-"""How many keys a message names."""
 
 _TEXT_ENCODER = ("lora_te", "text_encoder")  # keys that nobody misses where a LoRA goes onto the model only
 
@@ -82,32 +80,24 @@ def _nbytes(loaded: Loaded) -> int:
 
 def _read(read: Callable[[str], Any], path: str) -> Loaded:
     loaded: Loaded = read(path)
-    broken = [name for name, tensor in loaded[0].items() if not _is_finite(tensor)]
+    broken = not_finite(loaded[0])
     if broken:
         log.warning("[lunashm] %s has NaN or infinite values in %s", Path(path).name, _some(broken))
     return loaded
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
-
-
-def _some(names: Iterable[str]) -> str:
+def _some(names: list[str]) -> str:
     """``3 keys: a, b, c``, the first few named."""
-    every = list(names)
-    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
-    return f"{len(every)} key{'s' * (len(every) != 1)}: {', '.join(every[:NAMED])}{more}"
+    return f"{len(names)} key{'s' * (len(names) != 1)}: {listed(names)}"
 
 
 def _is_changed(cls: Any, lora_name: Any = None, **_: Any) -> str:
     """For ComfyUI's cache of node outputs: another file, another output."""
     try:
-        stat = os.stat(sys.modules["folder_paths"].get_full_path_or_raise("loras", lora_name))
+        file = FileIdentity.of(sys.modules["folder_paths"].get_full_path_or_raise("loras", lora_name))
     except (KeyError, OSError, TypeError, AttributeError):
         return ""  # the node itself will say what is wrong
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{file.size}:{file.mtime_ns}"
 
 
 def _forgetful(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,14 +119,13 @@ def _checked(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def load_lora_for_models(model: Any, clip: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
-        patchers = [part for part in (model, getattr(clip, "patcher", None)) if isinstance(part, SharedModelPatcher)]
-        if not patchers:
+        given = (model, getattr(clip, "patcher", None))
+        if not any(isinstance(part, SharedModelPatcher) for part in given):
             return stock(model, clip, lora, *args, **kwargs)
         name = Path(lora.original.identity.path).name if isinstance(lora, TaggedStateDict) else "LoRA"
         with _Unmatched() as unmatched:
             result = stock(model, clip, lora, *args, **kwargs)
-        made = [result[0], getattr(result[1], "patcher", None)]
-        for before, after in zip((model, getattr(clip, "patcher", None)), made, strict=True):
+        for before, after in zip(given, (result[0], getattr(result[1], "patcher", None)), strict=True):
             if isinstance(after, SharedModelPatcher):
                 _check_shapes(name, before, after)
         meant = [key for key in unmatched.keys if clip is not None or not key.startswith(_TEXT_ENCODER)]
@@ -153,8 +142,8 @@ def _check_shapes(name: str, before: SharedModelPatcher, after: SharedModelPatch
     for key, patches in after.patches.items():
         for _, value, _, offset, _ in patches[len(before.patches.get(key, ())) :]:
             layer = region_shape(grown_shape(before.patches.get(key, ()), shapes[key]), offset)
-            theirs = shape_of(value, layer)
-            if theirs is not None and torch.Size(theirs).numel() != torch.Size(layer).numel():
+            theirs = misfit(value, layer)
+            if theirs is not None:
                 raise LoraMismatchError(
                     f"[lunashm] {name} does not fit this model: {key} is {layer}, the LoRA's is {list(theirs)}. "
                     "It was made for another kind of model; the model is as it was"

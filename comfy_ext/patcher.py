@@ -24,7 +24,7 @@ from lunashm import settings
 from lunashm.client.lowrank import UnsupportedLayer, Update
 
 from .binding import Binding
-from .layers import PatchedLayers, Rungs
+from .layers import PatchedLayers, Rungs, nbytes_of
 from .trace import UntraceableError
 from .units import size
 
@@ -50,7 +50,7 @@ class PrivateBudgetError(RuntimeError):
 
 
 def binding_of(model: torch.nn.Module) -> Binding | None:
-    """The binding of a root module, or None where nothing is shared (a deep copy, say)."""
+    """The binding of a root module, or None where nothing ever was shared."""
     return getattr(model, _HOST_ATTRIBUTE, None)
 
 
@@ -123,8 +123,7 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         binding = binding_of(self.model)
         if binding is None:
             return super().model_size()
-        copied = sum(comfy.utils.get_attr(self.model, key).nbytes for key in self.backup)
-        return binding.private_nbytes + binding.layers.nbytes + copied
+        return binding.private_nbytes + binding.layers.nbytes + nbytes_of(self.model, self.backup)
 
     def loaded_size(self) -> int:
         return min(super().loaded_size(), self.model_size())
@@ -187,8 +186,8 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
 
     def _mark_unmerged(self) -> None:
         """ComfyUI 0.28 merges a tensor when it is saved or extracted, if its module does not say it is patched."""
-        for key in self._layers.injections:
-            comfy.utils.get_attr(self.model, key.rpartition(".")[0]).comfy_patched_weights = False
+        for injection in self._layers.injections.values():
+            injection.module.comfy_patched_weights = False
 
     def _hides_forwards(self) -> bool:
         """Whether an object patch, old or new, replaces the forward of a layer that something is around."""
@@ -266,14 +265,15 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         return reasons
 
     def _check_budget(self, keys: list[str], reasons: Counter[str]) -> None:
-        budget = settings.load().private_gb * 1e9
-        sizes = {key: comfy.utils.get_attr(self.model, key).nbytes for key in keys}
-        if sum(sizes.values()) <= budget:
+        if not keys:
+            return  # the usual case: the settings' file need not be read
+        budget, needed = settings.load().private_gb * 1e9, nbytes_of(self.model, keys)
+        if needed <= budget:
             return
-        largest = max(sizes, key=lambda key: sizes[key])
+        largest = max(keys, key=lambda key: nbytes_of(self.model, [key]))
         raise PrivateBudgetError(
             f"[lunashm] {len(keys)} patched tensors of {type(self.model).__name__} need private copies of "
-            f"{size(sum(sizes.values()))}, the largest {largest} ({reasons.most_common(1)[0][0]}); allowed are "
+            f"{size(needed)}, the largest {largest} ({reasons.most_common(1)[0][0]}); allowed are "
             f"{size(int(budget))}. Raise private_gb (LUNASHM_PRIVATE_GB), or leave out the LoRA that patches them"
         )
 
@@ -291,11 +291,10 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
         merged = [key for key in self.patches if any(isinstance(patch[1], list) for patch in self.patches[key])]
         if merged and rungs.transient and not self._layers.said_merge:
             self._layers.said_merge = True
-            nbytes = sum(comfy.utils.get_attr(self.model, key).nbytes for key in merged)
             log.warning(
                 "[lunashm] %s is a merge: %d layers (%s) are merged anew at every step, which costs time, not memory; "
                 "to have it fast, save the merged checkpoint once and load that",
-                name, len(merged), size(nbytes),
+                name, len(merged), size(nbytes_of(self.model, merged)),
             )  # fmt: skip
 
     def make_all_private(self, why: str) -> None:

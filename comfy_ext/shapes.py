@@ -27,7 +27,7 @@ def grown_shape(patches: Sequence[Patch], shape: Sequence[int]) -> tuple[int, ..
         if reshapes(patch, grown):
             value = patch[1]
             adapter = isinstance(value, WeightAdapterBase)
-            grown = tuple(value.weights[5] if adapter else (value[1] if len(value) == 2 else value)[0].shape)
+            grown = tuple(value.weights[5] if adapter else _difference(value)[0].shape)
     return grown
 
 
@@ -40,9 +40,20 @@ def shape_of(value: Any, layer: list[int]) -> tuple[int, ...] | None:
         return _adapter_shape(value.name, value.weights, layer)
     if not isinstance(value, tuple) or isinstance(value[0], list):
         return None
-    _, data = value if len(value) == 2 else ("diff", value)
-    padded = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
-    return None if padded else tuple(data[0].shape)
+    difference, pads = _difference(value)
+    return None if pads else tuple(difference.shape)
+
+
+def misfit(value: Any, layer: list[int]) -> tuple[int, ...] | None:
+    """The shape that a patch was made for, where it has not as many elements as ``layer``; None if it can fit."""
+    theirs = shape_of(value, layer)
+    return None if theirs is None or torch.Size(theirs).numel() == torch.Size(layer).numel() else theirs
+
+
+def _difference(value: Any) -> tuple[torch.Tensor, bool]:
+    """The tensor of a "diff", a "set" or a "model_as_lora", and whether the weight is padded to its shape."""
+    data = value[1] if len(value) == 2 else value
+    return data[0], len(data) > 1 and isinstance(data[1], dict) and bool(data[1].get("pad_weight"))
 
 
 def _adapter_shape(kind: str, weights: Any, layer: list[int]) -> tuple[int, ...] | None:
@@ -81,6 +92,5 @@ def reshapes(patch: Patch, shape: tuple[int, ...]) -> bool:
     if isinstance(value, WeightAdapterBase):
         wanted = value.weights[5] if value.name == "lora" else None
         return wanted is not None and tuple(wanted) != shape
-    data = value[1] if len(value) == 2 else value
-    pads = len(data) > 1 and isinstance(data[1], dict) and data[1].get("pad_weight")
-    return bool(pads) and tuple(data[0].shape) != shape
+    difference, pads = _difference(value)
+    return pads and tuple(difference.shape) != shape

@@ -150,6 +150,11 @@ def listed(names: Iterable[str], before: str = "", after: str = "") -> str:
     return f"{before}{', '.join(names[:SHOWN])}{more}{after}"
 
 
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, as float32 shows them."""
+    return [name for name, tensor in tensors.items() if not bool(tensor.to(torch.float32).isfinite().all())]
+
+
 def _split(key: str) -> tuple[str, str]:
     """Layer and role of a key; the role is empty for a key that is no part of a LoRA."""
     for pattern, roles in _SUFFIXES:
@@ -171,7 +176,7 @@ def _refuse(path: str, keys: Iterable[str], kinds: Mapping[str, re.Pattern[str]]
 
 
 def _refuse_not_finite(path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    bad = [key for key, tensor in tensors.items() if not bool(tensor.to(torch.float32).isfinite().all())]
+    bad = not_finite(tensors)
     if bad:
         raise InvalidLora(f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {listed(bad)}")
 

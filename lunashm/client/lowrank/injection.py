@@ -94,9 +94,10 @@ class Injection:
                 self._module.forward = self._own_forward
 
     def _forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        if self._idle or not args or not isinstance(args[0], torch.Tensor):
-            return self._stock(*args, **kwargs) if self._idle else self._forward(kwargs.pop("input"), *args, **kwargs)
-        x, args = args[0], args[1:]
+        if self._idle:
+            return self._stock(*args, **kwargs)
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
+        assert isinstance(x, torch.Tensor)
         layer = self._layer
         if layer is None or not computes_plainly(self._module) or self.takes_fresh_weight(x):
             return self._merged(x, *args, **kwargs)
@@ -127,8 +128,7 @@ class Injection:
         if self._update.is_dense:
             updated = self._update.apply_to(weight).to(dtype)
         else:
-            pair_dtype = torch.float32 if x.device.type == "cpu" else dtype
-            updated = self._update.merged(weight, self._update.pair(pair_dtype, weight.device), dtype)
+            updated = self._update.merged(weight, _factor_dtype(x.device, dtype), dtype)
         parameters["weight"] = torch.nn.Parameter(updated, requires_grad=False)
         try:
             return self._stock(x, *args, **kwargs)
@@ -144,14 +144,14 @@ class Injection:
             y = y * spread(scales.column.to(y.device, y.dtype), y, -1)
         if scales.row is not None:
             y = layer.scale_output(x, y, scales.row, getattr(self._module, "bias", None))
-        down, up = self._update.pair(_branch_dtype(y), y.device)
+        down, up = self._update.pair(_factor_dtype(y.device, y.dtype), y.device)
         return layer.add(y, x, down, up, in_place=self._own_forward is None)
 
     def _as_addend(
         self, layer: Layer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """The same for a plain linear layer in half precision: the branch first, so that the sum is rounded once."""
-        down, up = self._update.pair(_branch_dtype(x), x.device)
+        down, up = self._update.pair(_factor_dtype(x.device, x.dtype), x.device)
         addend = torch.zeros(*x.shape[:-1], self._update.shape[0], dtype=down.dtype, device=x.device)
         if bias is not None:
             addend += bias
@@ -172,6 +172,6 @@ def inject(module: torch.nn.Module, update: Update, plain: Plain = plain_linear)
     return Injection(module, update, plain)
 
 
-def _branch_dtype(like: torch.Tensor) -> torch.dtype:
+def _factor_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """On CPU float32 products cost little more than half precision's, and round less."""
-    return torch.float32 if like.device.type == "cpu" else like.dtype
+    return torch.float32 if device.type == "cpu" else dtype

@@ -181,7 +181,7 @@ class Update:
         self.step.dense = function
         self._steps.append(Step())
 
-    def pair(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self, dtype: torch.dtype, device: torch.device) -> Pair:
         """A (r, in, *kernel) and B (out, r) of all factors after the last dense step; made once, then kept."""
         pair = self._pairs.get((dtype, device))
         if pair is None:
@@ -198,19 +198,17 @@ class Update:
                 merged = step.dense(merged)
         return merged
 
-    def merged(self, weight: torch.Tensor, pair: Pair, dtype: torch.dtype) -> torch.Tensor:
-        """:meth:`apply_to` without dense steps, in ``dtype``: one pass if there are only factors. ``pair`` is ours."""
-        scales = self.step.scales
-        if scales.row is None and scales.column is None and not self.step.kroneckers and weight.shape == self.shape:
+    def merged(self, weight: torch.Tensor, factor_dtype: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+        """:meth:`apply_to` without dense steps, in ``dtype``, by the kept pair: one pass if there are only factors."""
+        pair, scales = self.pair(factor_dtype, weight.device), self.step.scales
+        if scales.row is None and scales.column is None and not self.step.kroneckers:
             down, up = pair
             base = weight.detach().to(up.dtype).flatten(1)
             return torch.addmm(base, up, down.flatten(1)).reshape(self.shape).to(dtype)
         return _merge(self.step, self.shape, weight.detach().to(torch.float32, copy=True), pair).to(dtype)
 
 
-def _pair(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair(step: Step, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Pair:
     up = torch.zeros(shape[0], step.rank, dtype=dtype, device=device)
     down = torch.zeros(step.rank, shape[1], torch.Size(shape[2:]).numel(), dtype=dtype, device=device)
     start = 0
