@@ -11,7 +11,8 @@
     │   ├── ProtocolMismatch     the peer speaks another protocol version
     │   ├── MalformedMessage     bytes that are no message
     │   ├── MessageTooLarge      a message over the size limit
-    │   └── NotRegistered        a request from a client the host does not know (out of order, or host restarted)
+    │   ├── NotRegistered        a request from a client the host does not know (out of order, or host restarted)
+    │   └── TicketRefused        descriptors asked for with a ticket that is used, too old, or somebody else's
     ├── ModelError
     │   ├── ModelNotFound        no loaded model of that name, or no such file
     │   ├── ModelInUse           clients hold it
@@ -30,7 +31,8 @@
     │   ├── OutOfSharedMemory    the segment does not fit
     │   ├── SegmentFrozen        a write after freeze()
     │   ├── SegmentNotFrozen     an export before freeze()
-    │   └── SegmentGone          a handle whose memory no longer exists
+    │   ├── SegmentGone          a handle whose memory no longer exists
+    │   └── WrongDevice          memory of a GPU that this process does not use
     ├── LeaseError
     │   └── LeaseUnknown         released, expired or never granted
     └── ForkedProcess            used after fork(); attach again in the child
@@ -95,6 +97,10 @@ class MessageTooLarge(ProtocolError):
 
 class NotRegistered(ProtocolError):
     code = "not_registered"
+
+
+class TicketRefused(ProtocolError):
+    code = "ticket_refused"
 
 
 class ModelError(LunashmError):
@@ -171,6 +177,10 @@ class SegmentNotFrozen(SharedMemoryError):
 
 class SegmentGone(SharedMemoryError):
     code = "segment_gone"
+
+
+class WrongDevice(SharedMemoryError):
+    code = "wrong_device"
 
 
 class LeaseError(LunashmError):

@@ -14,7 +14,7 @@ import msgspec
 from lunashm.errors import MalformedMessage, MessageTooLarge, ProtocolMismatch
 from lunashm.manifest import DtypeRule, Manifest
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_REQUEST_BYTES = 1 << 20
 """A request's body; the host answers a larger one with MessageTooLarge."""
 MAX_FRAME_BYTES = 64 << 20
@@ -45,12 +45,15 @@ class Handle(msgspec.Struct, frozen=True):
 
 
 class HostInfo(msgspec.Struct, frozen=True):
-    """``host_id`` is new for every run of a host; ``started_at`` in seconds since the epoch."""
+    """``host_id`` is new for every run of a host; ``started_at`` in seconds since the epoch.
+
+    ``device`` is ``cpu`` or a GPU's UUID, ``device_name`` what people call it (``cuda:0, NVIDIA H100``)."""
 
     host_id: str
     pid: int
     pid_namespace: int
     device: str
+    device_name: str
     rung: str
     endpoint: str
     version: str
@@ -194,9 +197,12 @@ class Done(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
+    """``ticket``: what the descriptors of ``handles`` can be fetched with, once; empty where handles are enough."""
+
     lease: int
     manifest: Manifest
     handles: tuple[Handle, ...]
+    ticket: bytes
 
 
 class Loaded(Message, frozen=True):

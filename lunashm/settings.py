@@ -34,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     device: str = "cpu"
     endpoint: str = ""
-    memory: Literal["auto", "posix"] = "auto"
+    memory: Literal["auto", "posix", "memfd", "cuda-vmm", "cuda-ipc"] = "auto"
     roots: tuple[str, ...] = ()
     mode: Mode = "auto"
     fallback: Fallback = "wait"

@@ -1,8 +1,8 @@
 """Tensors over mapped bytes: the only code that turns memory into tensors.
 
-SAFETY: each tensor holds a reference to the mapping's buffer object, and the buffer unmaps itself when the last
-reference goes. So a view is valid for as long as it exists, whoever closed what. Each tensor has a storage of its
-own, exactly its size: deepcopy and pickling copy one tensor, never a whole segment.
+SAFETY: each tensor holds a reference to its mapping, and the mapping unmaps itself when the last reference goes. So a
+view is valid for as long as it exists, whoever closed what. Each tensor has a storage of its own, exactly its size:
+deepcopy and pickling copy one tensor, never a whole segment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 
 from lunashm.errors import UnsupportedFormat
 from lunashm.manifest import Manifest, TensorSpec
+from lunashm.memory import Mapping
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -50,23 +51,23 @@ _quiet_lock = threading.Lock()
 _quiet = False
 
 
-def state_dict(manifest: Manifest, buffers: Sequence[Buffer]) -> dict[str, torch.Tensor]:
-    """``{name: read-only tensor}`` for every tensor of ``manifest``; ``buffers[i]`` holds segment i.
+def state_dict(manifest: Manifest, mappings: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+    """``{name: read-only tensor}`` for every tensor of ``manifest``; ``mappings[i]`` is segment i.
 
     Writing to one of these tensors kills the process (SIGSEGV): that is the protection working.
     Raises UnsupportedFormat for a dtype that this torch lacks.
     """
     _silence_read_only_warning()
     with torch.inference_mode(False):  # inference tensors could not become parameters outside inference mode
-        return {spec.name: _view(spec, buffers[spec.segment]) for spec in manifest.tensors}
+        return {spec.name: _view(spec, mappings[spec.segment]) for spec in manifest.tensors}
 
 
-def _view(spec: TensorSpec, buffer: Buffer) -> torch.Tensor:
+def _view(spec: TensorSpec, mapping: Mapping) -> torch.Tensor:
     dtype = torch_dtype(spec.dtype)
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     count = spec.nbytes // dtype.itemsize
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
 
 
 def convert(data: Buffer, source: str, target: str) -> memoryview:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +59,9 @@ class HeapSegment:
             raise SegmentNotFrozen(self.name)
         return p.Handle(self._rung.name, self._rung.device, self.nbytes, self.name.encode())
 
+    def descriptor(self) -> None:
+        self.export()
+
     def free(self) -> None:
         self.freed = True
         self._rung.segments.pop(self.name, None)
@@ -64,15 +71,24 @@ class HeapSegment:
             raise SegmentGone(self.name)
 
 
-def heap_buffer(data: bytes | bytearray) -> Buffer:
-    """Read-only bytes that can be weakly referenced, as a mapping's buffer can."""
-    return np.frombuffer(bytes(data), np.uint8)
+class HeapMapping(np.ndarray):
+    """Read-only bytes that can be weakly referenced."""
 
-
-@dataclass
-class HeapMapping:
     handle: p.Handle
-    buffer: Buffer
+
+    def peek(self, offset: int, nbytes: int) -> memoryview:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise ValueError(f"{nbytes} bytes at {offset}")
+        return memoryview(self)[offset : offset + nbytes]
+
+    def when_gone(self, callback: Callable[[], object]) -> None:
+        weakref.finalize(self, callback).atexit = False
+
+
+def heap_mapping(data: bytes | bytearray, handle: p.Handle | None = None) -> HeapMapping:
+    mapping = np.frombuffer(bytes(data), np.uint8).view(HeapMapping)
+    mapping.handle = handle or p.Handle("heap", "cpu", len(data), b"")
+    return mapping
 
 
 class HeapRung:
@@ -80,6 +96,7 @@ class HeapRung:
 
     name = "heap"
     device = "cpu"
+    outlives_host = False
 
     def __init__(self, size: int = 1 << 24) -> None:
         self.size = size
@@ -95,11 +112,14 @@ class HeapRung:
         self.segments[segment.name] = segment
         return segment
 
-    def open(self, handle: p.Handle) -> HeapMapping:
+    def open(self, handle: p.Handle, descriptor: int | None = None) -> HeapMapping:
         segment = self.segments.get(handle.data.decode(errors="replace"))
         if segment is None or segment.nbytes != handle.nbytes:
             raise SegmentGone(f"{handle.data!r}")
-        return HeapMapping(handle, heap_buffer(segment._bytes))
+        return heap_mapping(segment._bytes, handle)
+
+    def staging(self, nbytes: int) -> AbstractContextManager[memoryview]:
+        return contextlib.nullcontext(memoryview(bytearray(nbytes)))
 
     def free_nbytes(self) -> int:
         return self.size - sum(segment.nbytes for segment in self.segments.values())

@@ -114,7 +114,7 @@ def main(runtime: str, root: str, ttl_s: str) -> None:
 
     logging.basicConfig(level="INFO", format="%(message)s")
     endpoint = Endpoint.parse(f"ipc://{runtime}/cpu.sock")
-    server = Server(rung=rung_for("auto", "cpu"), endpoint=endpoint, roots=(root,), ttl_s=float(ttl_s))
+    server = Server(rung=rung_for("posix", "cpu"), endpoint=endpoint, roots=(root,), ttl_s=float(ttl_s))
     server.run(lambda info: print(json.dumps({"pid": info.pid}), flush=True))
 
 

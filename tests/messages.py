@@ -5,7 +5,9 @@ from __future__ import annotations
 from lunashm import protocol as p
 from lunashm.manifest import DtypeRule, Manifest, Source, TensorSpec
 
-HOST = p.HostInfo("h0st", 4242, 4026531836, "cpu", "posix", "ipc:///run/cpu.sock", "0.1.0", ("/models",), 1700000000.5)
+HOST = p.HostInfo(
+    "h0st", 4242, 4026531836, "cpu", "cpu", "posix", "ipc:///run/cpu.sock", "0.1.0", ("/models",), 1700000000.5
+)  # fmt: skip
 CLIENT = p.ClientInfo(777, 4026531836, 123456, "comfyui", "ComfyUI :8188", "0.1.0")
 RULES = (DtypeRule("", ""), DtypeRule("first_stage_model.", "F32"))
 LEASE = p.LeaseInfo(41, "c1", 777, "comfyui", "ComfyUI :8188", "sd15.safetensors", 3, 1.5)
@@ -38,7 +40,7 @@ REQUESTS: list[p.Message] = [
 REPLIES: list[p.Message] = [
     p.Registered("c1", HOST, 15.0, 5.0),
     p.Done(),
-    p.Attached(41, MANIFEST, (HANDLE,)),
+    p.Attached(41, MANIFEST, (HANDLE,), b"\x01" * 16),
     p.Loaded(MODEL, False),
     p.Unloaded(MODEL, False, (LEASE,)),
     p.Models((MODEL,)),

@@ -85,7 +85,7 @@ def _memory() -> Check:
     try:
         segment.write(0, b"lunashm")
         segment.freeze()
-        same = bytes(memoryview(rung.open(segment.export()).buffer)[:7]) == b"lunashm"
+        same = bytes(rung.open(segment.export()).peek(0, 7)) == b"lunashm"
     finally:
         segment.free()
     if not same:

@@ -27,7 +27,9 @@ Roots = Annotated[
 def serve(
     *,
     device: Annotated[str | None, typer.Option(help="Where the weights live; one host per device.")] = None,
-    memory: Annotated[str | None, typer.Option(help="How they are shared: auto or posix.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="How they are shared: auto, posix, memfd, cuda-vmm or cuda-ipc.")
+    ] = None,
     root: Roots = None,
     endpoint: Annotated[str | None, typer.Option(metavar="URL", help="Control URL, ipc:///path.sock.")] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR; to stderr.")] = None,
@@ -71,7 +73,7 @@ def existing_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
 def _serve(chosen: settings.Settings, address: Endpoint, roots: tuple[str, ...], output: Output) -> None:
     from lunashm.host.server import Server  # noqa: PLC0415 - other commands need none of it
 
-    rung = rung_for(chosen.memory, chosen.device)
+    rung = rung_for("posix" if chosen.memory == "auto" else chosen.memory, chosen.device)
     server = Server(rung=rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s)
 
     def ready(info: HostInfo) -> None:

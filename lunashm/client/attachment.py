@@ -11,7 +11,6 @@ from types import TracebackType
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from typing_extensions import Buffer
 
 from lunashm import settings as settings_module
 from lunashm.client.access import explained
@@ -27,11 +26,15 @@ from lunashm.errors import (
     SourceChanged,
 )
 from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
+from lunashm.memory import Mapping
 from lunashm.paths import Endpoint
 from lunashm.settings import Fallback
 from lunashm.views import dtype_name, state_dict, torch_dtype
 
 log = logging.getLogger(__name__)
+
+_CHECKSUM_NBYTES = 64 << 20
+"""How much is looked at at once; on a GPU it is copied to RAM for that."""
 
 Dtypes = torch.dtype | str | dict[str, torch.dtype | str] | None
 
@@ -46,7 +49,7 @@ class Attachment:
     def __init__(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
         self._manifest = manifest
         self._tensors: dict[str, torch.Tensor] | None = tensors
-        self._buffers: tuple[Buffer, ...] = ()
+        self._mappings: tuple[Mapping, ...] = ()
         self._session: Session | None = None
         self._epoch = 0
         self._path = manifest.source.path
@@ -61,7 +64,7 @@ class Attachment:
     def open(cls, session: Session, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Attachment:
         """Attach through ``session``. Raises what the host answers; I4: all of the model or an error."""
         try:
-            reply, buffers, epoch = session.attach(path, rules, wait_s)
+            reply, mappings, epoch = session.attach(path, rules, wait_s)
         except PathNotAllowed as exc:
             raise explained(exc, path) from None
         manifest = reply.manifest
@@ -69,8 +72,8 @@ class Attachment:
         if tuple(handle.nbytes for handle in reply.handles) != manifest.segments:
             raise InvalidCheckpoint(f"the host's segments of {path} do not match its manifest; unload it, then load it")
         _refuse_other_file(path, manifest)
-        attachment = cls(manifest, state_dict(manifest, buffers))
-        attachment._buffers = buffers
+        attachment = cls(manifest, state_dict(manifest, mappings))
+        attachment._mappings = mappings
         attachment._session = session
         attachment._epoch = epoch
         attachment._path = path
@@ -169,12 +172,13 @@ class Attachment:
     def checksum(self) -> str:
         """BLAKE3 over the shared bytes as they are now, padding included: equal before and after means untouched."""
         self._check_process()
-        buffers = self._buffers
-        if not buffers:
+        mappings = self._mappings
+        if not mappings:
             raise LunashmError(f"{self._manifest.name} is not mapped from a host; there is nothing shared to sum")
         hasher = blake3()
-        for buffer in buffers:
-            hasher.update(buffer)
+        for mapping in mappings:
+            for start in range(0, mapping.handle.nbytes, _CHECKSUM_NBYTES):
+                hasher.update(mapping.peek(start, min(_CHECKSUM_NBYTES, mapping.handle.nbytes - start)))
         return hasher.hexdigest()
 
     def reattached(self, wait_s: float) -> Attachment:
@@ -194,7 +198,7 @@ class Attachment:
     def close(self) -> None:
         """Let go. The lease ends when the last tensor of this mapping in this process is gone. Idempotent."""
         self._tensors = None
-        self._buffers = ()
+        self._mappings = ()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -21,13 +22,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from typing_extensions import Buffer
-
 from lunashm import __version__, protocol
 from lunashm.client.connection import REPLY_S, Connection
 from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered
 from lunashm.manifest import DtypeRule
-from lunashm.memory import open_handle
+from lunashm.memory import Mapping, open_handle
 from lunashm.paths import Endpoint, find_host
 from lunashm.process import namespace, start_ticks
 from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Reply
@@ -74,8 +73,8 @@ class Session:
         self._connecting = threading.Lock()
         self._current: _Registration | None = None
         self._epoch = 0
-        self._mapping = threading.Lock()
-        self._buffers: weakref.WeakValueDictionary[tuple[str, bytes], Buffer] = weakref.WeakValueDictionary()
+        self._opening = threading.Lock()
+        self._mappings: weakref.WeakValueDictionary[tuple[str, str, bytes], Mapping] = weakref.WeakValueDictionary()
         self._listeners: list[Listener] = []
         atexit.register(self.close)
 
@@ -124,10 +123,10 @@ class Session:
 
     def attach(
         self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
-    ) -> tuple[Attached, tuple[Buffer, ...], int]:
+    ) -> tuple[Attached, tuple[Mapping, ...], int]:
         """One lease, the mapped segments it covers, and the epoch it belongs to.
 
-        Raises what the host answers, or SegmentGone. The lease ends when all the buffers are gone.
+        Raises what the host answers, or SegmentGone. The lease ends when all the mappings are gone.
         """
         registration = self._registered()
         try:
@@ -142,13 +141,13 @@ class Session:
         hold = _Hold()
         weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
         try:
-            buffers = tuple(self._map(handle) for handle in reply.handles)
+            mappings = tuple(self._map(registration.host, handle) for handle in reply.handles)
         except BaseException:
             del hold  # now, not when the last traceback goes
             raise
-        for buffer in buffers:
-            weakref.finalize(buffer, _let_go, hold).atexit = False
-        return reply, buffers, registration.epoch
+        for mapping in mappings:
+            mapping.when_gone(functools.partial(_let_go, hold))
+        return reply, mappings, registration.epoch
 
     def _ask(
         self, registration: _Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
@@ -163,14 +162,14 @@ class Session:
             raise LunashmError(f"the host answered Attach with {type(reply).__name__}")
         return reply
 
-    def _map(self, handle: Handle) -> Buffer:
+    def _map(self, host: HostInfo, handle: Handle) -> Mapping:
         """The one mapping this process has of that segment."""
-        key = (handle.rung, handle.data)
-        with self._mapping:
-            buffer = self._buffers.get(key)
-            if buffer is None:
-                buffer = self._buffers[key] = open_handle(handle).buffer
-            return buffer
+        key = (host.host_id, handle.rung, handle.data)
+        with self._opening:
+            mapping = self._mappings.get(key)
+            if mapping is None:
+                mapping = self._mappings[key] = open_handle(handle)
+            return mapping
 
     def _release(self, registration: _Registration, lease: int) -> None:
         """The last view of a model died, or its attach was given up. Leaves a note for the connection's thread."""

@@ -81,7 +81,7 @@ class Loads:
         if isinstance(request, p.Load):
             return p.Loaded(self._reports.model(generation), was_loaded)
         lease, handles = self._arena.grant(request.client, generation)
-        return p.Attached(lease.id, msgspec.structs.replace(generation.manifest, source=source), handles)
+        return p.Attached(lease.id, msgspec.structs.replace(generation.manifest, source=source), handles, b"")
 
     def _start(self, name: str, source: Source, rules: tuple[DtypeRule, ...]) -> Job:
         """Begin to load. A file that cannot be served is refused here, before anyone waits for it."""

@@ -62,6 +62,7 @@ class Service:
             pid=os.getpid(),
             pid_namespace=namespace(),
             device=rung.device,
+            device_name=rung.device,
             rung=rung.name,
             endpoint=endpoint,
             version=__version__,

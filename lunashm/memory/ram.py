@@ -19,9 +19,18 @@ def available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
     return max(0, min(_machine(proc), _cgroup(proc, cgroups)))
 
 
+def total(proc: Path = Path("/proc")) -> int:
+    """Bytes of RAM that the machine has; what a cgroup leaves of it is :func:`available`'s business."""
+    return _meminfo(proc, "MemTotal:")
+
+
 def _machine(proc: Path) -> int:
+    return _meminfo(proc, "MemAvailable:")
+
+
+def _meminfo(proc: Path, entry: str) -> int:
     for line in _lines(proc / "meminfo"):
-        if line.startswith("MemAvailable:"):
+        if line.startswith(entry):
             return int(line.split()[1]) * 1024
     return UNLIMITED
 

@@ -229,7 +229,7 @@ def test_lease_that_is_granted_too_late_is_given_back(
 def test_lease_whose_memory_cannot_be_mapped_is_given_back(
     hosting: Hosting, session: Session, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(rung: PosixRung, handle: p.Handle) -> None:
+    def refuse(rung: PosixRung, handle: p.Handle, descriptor: int | None) -> None:
         raise SegmentGone("no")
 
     with monkeypatch.context() as patch:

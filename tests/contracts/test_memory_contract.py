@@ -46,7 +46,7 @@ def test_what_was_written_is_what_is_mapped_and_the_rest_is_zero(rung: Rung, seg
     segment.write(990, memoryview(bytearray(b"0123456789")))
     segment.write(500, b"")
     segment.freeze()
-    mapped = bytes(memoryview(rung.open(segment.export()).buffer))
+    mapped = bytes(memoryview(rung.open(segment.export())))
     assert mapped == bytes(10) + b"abc" + bytes(977) + b"0123456789"
 
 
@@ -57,7 +57,7 @@ def test_write_outside_the_segment_is_an_error_and_changes_nothing(
     with pytest.raises(ValueError):
         segment.write(offset, data)
     segment.freeze()
-    assert bytes(memoryview(rung.open(segment.export()).buffer)) == bytes(1000)
+    assert bytes(memoryview(rung.open(segment.export()))) == bytes(1000)
 
 
 def test_frozen_segment_cannot_be_written(segment: Segment) -> None:
@@ -86,12 +86,12 @@ def test_segment_can_be_opened_many_times(rung: Rung, segment: Segment) -> None:
     segment.write(0, b"shared")
     segment.freeze()
     mappings = [rung.open(segment.export()) for _ in range(3)]
-    assert all(bytes(memoryview(m.buffer)[:6]) == b"shared" for m in mappings)
+    assert all(bytes(memoryview(m)[:6]) == b"shared" for m in mappings)
 
 
 def test_mapping_is_read_only(rung: Rung, segment: Segment) -> None:
     segment.freeze()
-    view = memoryview(rung.open(segment.export()).buffer)
+    view = memoryview(rung.open(segment.export()))
     assert view.readonly
     with pytest.raises(TypeError):
         view[0] = 1
@@ -99,7 +99,7 @@ def test_mapping_is_read_only(rung: Rung, segment: Segment) -> None:
 
 def test_buffer_tells_of_its_end(rung: Rung, segment: Segment) -> None:
     segment.freeze()
-    buffer = rung.open(segment.export()).buffer
+    buffer = rung.open(segment.export())
     gone = weakref.ref(buffer)
     del buffer
     gc.collect()
@@ -125,7 +125,7 @@ def test_mapping_outlives_the_segment(rung: Rung, segment: Segment) -> None:
     segment.freeze()
     mapping = rung.open(segment.export())
     segment.free()
-    assert bytes(memoryview(mapping.buffer)[:10]) == b"still here"
+    assert bytes(memoryview(mapping)[:10]) == b"still here"
 
 
 def test_handle_of_another_size_is_not_opened(rung: Rung, segment: Segment) -> None:

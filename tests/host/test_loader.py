@@ -47,7 +47,7 @@ def load(
     layout = plan(found, rules)
     loaded = loader.load(found, layout, rung, silent)
     manifest = Manifest("m", loaded.digest, 1, found.source, rules, layout.specs, (layout.nbytes,), {})
-    return loaded, state_dict(manifest, [rung.open(loaded.segment.export()).buffer])
+    return loaded, state_dict(manifest, [rung.open(loaded.segment.export())])
 
 
 def bits(tensor: torch.Tensor) -> bytes:

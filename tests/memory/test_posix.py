@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from lunashm.errors import OutOfSharedMemory, SegmentGone, SettingsError, SharedMemoryError
-from lunashm.memory import posix, ram, rung_for
+from lunashm.memory import ram, rung_for
 from lunashm.memory.posix import PosixRung
+from lunashm.protocol import Handle
 from tests.conftest import SHM, orphans, segments
 
 
@@ -72,7 +73,7 @@ def test_segments_and_mappings_give_all_descriptors_back(rung: PosixRung) -> Non
         rung.open(segment.export())
         segment.free()
         with pytest.raises(SegmentGone):
-            rung.open(posix.Handle("posix", "cpu", 10, segment.name.encode()))
+            rung.open(Handle("posix", "cpu", 10, segment.name.encode()))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -195,13 +196,9 @@ def test_allocating_while_others_reclaim_never_loses_a_segment(rung: PosixRung) 
 # -- choosing a rung ---------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_posix_on_the_cpu() -> None:
-    assert rung_for("auto", "cpu").name == rung_for("posix", "cpu").name == "posix"
-
-
-@pytest.mark.parametrize(("name", "device"), [("auto", "cuda:0"), ("tape", "cpu")])
-def test_what_this_version_lacks_is_refused(name: str, device: str) -> None:
-    with pytest.raises(SettingsError, match=r"not supported|not known"):
+@pytest.mark.parametrize(("name", "device"), [("posix", "GPU-1"), ("tape", "cpu"), ("cuda-vmm", "cpu")])
+def test_rung_that_a_device_does_not_have_is_refused(name: str, device: str) -> None:
+    with pytest.raises(SettingsError, match=f"no memory rung '{name}' on {device}; use one of"):
         rung_for(name, device)
 
 
@@ -209,4 +206,4 @@ def test_handle_of_an_unknown_rung_cannot_be_opened() -> None:
     from lunashm.memory import open_handle
 
     with pytest.raises(SegmentGone, match="cannot open"):
-        open_handle(posix.Handle("tape", "cpu", 10, b"x"))
+        open_handle(Handle("tape", "cpu", 10, b"x"))
