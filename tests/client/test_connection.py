@@ -139,7 +139,7 @@ def test_what_the_host_would_refuse_unread_is_not_sent(wire: Connection) -> None
         (lambda number: [p.pack(p.Done(), number)[0], b"\xc1"], MalformedMessage),
         (lambda number: [p.pack(p.Done(), number)[0]], MalformedMessage),
         (lambda number: p.pack(p.Shutdown(), number), MalformedMessage),  # a request is no reply
-        (lambda number: [p.pack(p.Done(), number)[0].replace(b"\0\x01", b"\0\x02", 1), b""], ProtocolMismatch),
+        (lambda number: [p.pack(p.Done(), number)[0].replace(b"LUNA\0", b"LUNA\x7f", 1), b""], ProtocolMismatch),
     ],
 )
 def test_reply_that_cannot_be_read_is_an_error_of_its_request(
