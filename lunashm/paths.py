@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from lunashm.errors import AlreadyServing, SettingsError
+from lunashm.errors import AlreadyServing, HostUnavailable, SettingsError
 from lunashm.protocol import HostInfo
 
 _SUN_PATH_MAX = 107
@@ -67,6 +67,12 @@ class Endpoint:
                 "set LUNASHM_RUNTIME_DIR to a shorter directory"
             )
         return endpoint
+
+    @property
+    def device(self) -> str:
+        """What an endpoint of that name is for, ``cpu`` or a GPU's UUID; empty for a name of another kind."""
+        name = self.socket_path.name.removesuffix(".sock")
+        return name if name == "cpu" or name.startswith("GPU-") else ""
 
     @property
     def _stem(self) -> str:
@@ -153,6 +159,15 @@ def find_host(endpoint: Endpoint) -> HostInfo | None:
         return None
     finally:
         os.close(fd)
+
+
+def nobody_at(endpoint: Endpoint) -> HostUnavailable:
+    """That no host lives at ``endpoint``, which hosts there are instead, and how to start the one that is missing."""
+    others = [host.device_name for other in all_endpoints() if (host := find_host(other)) is not None]
+    there = f", there are hosts for {' and '.join(others)}" if others else ""
+    device = endpoint.device
+    flag = "" if device in ("", "cpu") else f" --device {device}"
+    return HostUnavailable(f"no lunashm host at {endpoint.url}{there}; start one with: lunashm serve{flag}")
 
 
 def all_endpoints() -> list[Endpoint]:

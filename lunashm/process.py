@@ -18,6 +18,24 @@ def pidfd_of(pid: int, pid_namespace: int) -> int | None:
         return None
 
 
+_PF_EXITING = 0x4
+"""include/linux/sched.h: set by a thread that ends, before it lets go of anything."""
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether process ``pid`` has begun to end, or is gone (flags, field 9 of /proc/PID/stat).
+
+    False where /proc does not say: then only a pidfd tells, a little later.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return bool(int(stat.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except (OSError, IndexError, ValueError):
+        return False
+
+
 def namespace(pid: int | str = "self") -> int:
     """The inode of a process's PID namespace; 0 where /proc does not say."""
     try:

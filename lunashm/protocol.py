@@ -47,7 +47,8 @@ class Handle(msgspec.Struct, frozen=True):
 class HostInfo(msgspec.Struct, frozen=True):
     """``host_id`` is new for every run of a host; ``started_at`` in seconds since the epoch.
 
-    ``device`` is ``cpu`` or a GPU's UUID, ``device_name`` what people call it (``cuda:0, NVIDIA H100``)."""
+    ``device`` is ``cpu`` or a GPU's UUID, ``device_name`` what people call it (``cuda:0, NVIDIA H100``).
+    ``rung_reason``: why the memory is not shared in the usual way there; empty where it is."""
 
     host_id: str
     pid: int
@@ -55,6 +56,7 @@ class HostInfo(msgspec.Struct, frozen=True):
     device: str
     device_name: str
     rung: str
+    rung_reason: str
     endpoint: str
     version: str
     roots: tuple[str, ...]

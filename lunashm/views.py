@@ -16,7 +16,7 @@ from typing_extensions import Buffer
 
 from lunashm.errors import UnsupportedFormat
 from lunashm.manifest import Manifest, TensorSpec
-from lunashm.memory import Mapping
+from lunashm.memory import CPU, Mapping
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -54,7 +54,8 @@ _quiet = False
 def state_dict(manifest: Manifest, mappings: Sequence[Mapping]) -> dict[str, torch.Tensor]:
     """``{name: read-only tensor}`` for every tensor of ``manifest``; ``mappings[i]`` is segment i.
 
-    Writing to one of these tensors kills the process (SIGSEGV): that is the protection working.
+    Writing to one of these tensors kills the process (SIGSEGV, on a GPU an illegal access that ends its CUDA context):
+    that is the protection working. On ``cuda-ipc`` nothing protects them: a write reaches every client.
     Raises UnsupportedFormat for a dtype that this torch lacks.
     """
     _silence_read_only_warning()
@@ -64,6 +65,10 @@ def state_dict(manifest: Manifest, mappings: Sequence[Mapping]) -> dict[str, tor
 
 def _view(spec: TensorSpec, mapping: Mapping) -> torch.Tensor:
     dtype = torch_dtype(spec.dtype)
+    if mapping.handle.device != CPU:
+        from lunashm.cuda_views import tensor_at  # noqa: PLC0415 - not without a GPU
+
+        return tensor_at(mapping, spec.offset, dtype, spec.shape)
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     count = spec.nbytes // dtype.itemsize

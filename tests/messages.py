@@ -6,7 +6,7 @@ from lunashm import protocol as p
 from lunashm.manifest import DtypeRule, Manifest, Source, TensorSpec
 
 HOST = p.HostInfo(
-    "h0st", 4242, 4026531836, "cpu", "cpu", "posix", "ipc:///run/cpu.sock", "0.1.0", ("/models",), 1700000000.5
+    "h0st", 4242, 4026531836, "cpu", "cpu", "posix", "", "ipc:///run/cpu.sock", "0.1.0", ("/models",), 1700000000.5
 )  # fmt: skip
 CLIENT = p.ClientInfo(777, 4026531836, 123456, "comfyui", "ComfyUI :8188", "0.1.0")
 RULES = (DtypeRule("", ""), DtypeRule("first_stage_model.", "F32"))

@@ -31,7 +31,7 @@ def status(endpoint: EndpointFlag = None, device: DeviceFlag = None, as_json: As
         "hosts": [{name: getattr(s, name) for name in s.__struct_fields__} for s in statuses],
     }
     panels = [
-        Panel(facts(_facts(s)), title=clean(f"lunashm host for {s.host.device}"), title_align="left", expand=False)
+        Panel(facts(_facts(s)), title=clean(f"lunashm host for {s.host.device_name}"), title_align="left", expand=False)
         for s in statuses
     ]
     Output(as_json).result(value, *panels)
@@ -44,7 +44,9 @@ def _facts(s: p.Status) -> dict[str, str]:
     return {
         "process": f"pid {s.host.pid}, up {duration(s.uptime_s)}, version {version}",
         "endpoint": s.host.endpoint,
+        "device": s.host.device if s.host.device != s.host.device_name else "",
         "memory": f"{size(s.shared_nbytes)} shared ({s.host.rung}), {size(s.free_nbytes)} free",
+        "why so": s.host.rung_reason,
         "saved": size(s.saved_nbytes),
         "models": models,
         "clients": f"{s.clients}, holding {count(s.leases, 'lease')}",

@@ -63,7 +63,7 @@ def hosts() -> Iterator[Check]:
 def _host(endpoint: Endpoint) -> Check:
     status = ask_once(endpoint, p.GetStatus(), p.Status)
     host = status.host
-    text = f"pid {host.pid} at {endpoint.url}: {host.device}, {host.rung}, version {host.version}"
+    text = f"pid {host.pid} at {endpoint.url}: {host.device_name}, {host.rung}, version {host.version}"
     if host.version != __version__:
         fix = f"this command is {__version__}: install one version everywhere, then lunashm stop and lunashm serve"
         return Check("host", State.FAIL, text, fix)

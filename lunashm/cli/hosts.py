@@ -10,8 +10,9 @@ import typer
 
 from lunashm import settings
 from lunashm.client.connection import Connection
+from lunashm.endpoints import endpoint_of
 from lunashm.errors import HostUnavailable, LunashmError
-from lunashm.paths import Endpoint, all_endpoints, find_host
+from lunashm.paths import Endpoint, all_endpoints, find_host, nobody_at
 from lunashm.protocol import Message
 from lunashm.settings import Settings
 
@@ -19,7 +20,7 @@ EndpointFlag = Annotated[
     str | None, typer.Option("--endpoint", metavar="URL", help="The host's control URL, ipc:///path.sock.")
 ]
 DeviceFlag = Annotated[
-    str | None, typer.Option("--device", metavar="DEVICE", help="The host of this device, such as cpu.")
+    str | None, typer.Option("--device", metavar="DEVICE", help="The host of this device: cpu, cuda:N or a GPU's UUID.")
 ]
 
 _Answer = TypeVar("_Answer", bound=Message)
@@ -33,7 +34,7 @@ def one(endpoint: str | None, device: str | None) -> Endpoint:
     chosen = settings.load({"endpoint": endpoint, "device": device})
     if chosen.endpoint:
         return Endpoint.parse(chosen.endpoint)
-    own = Endpoint.for_device(chosen.device)
+    own = endpoint_of(chosen)
     if chosen.device == Settings().device and device is None and find_host(own) is None:
         live = _live()
         if len(live) == 1:
@@ -46,7 +47,7 @@ def every(endpoint: str | None, device: str | None) -> list[Endpoint]:
     if settings.load({"endpoint": endpoint}).endpoint or device is not None:
         named = one(endpoint, device)
         if find_host(named) is None:
-            raise HostUnavailable(f"no lunashm host at {named.url}; start one with: lunashm serve")
+            raise nobody_at(named)
         return [named]
     live = _live()
     if not live:

@@ -25,7 +25,7 @@ def ps(endpoint: EndpointFlag = None, device: DeviceFlag = None, as_json: AsJson
     saved = sum(status.saved_nbytes for status in statuses)
     value = {
         "hosts": [status.host for status in statuses],
-        "models": [{"endpoint": host.endpoint, "device": host.device} | fields(model) for host, model in models],
+        "models": [_where(host) | fields(model) for host, model in models],
         "saved_nbytes": saved,
     }
     output = Output(as_json)
@@ -39,11 +39,15 @@ def ps(endpoint: EndpointFlag = None, device: DeviceFlag = None, as_json: AsJson
         right=("SIZE", "CLIENTS", "SAVED"),
     )  # fmt: skip
     for host, model in models:
-        add(table, *([host.device] if several else []), *_row(model))
+        add(table, *([host.device_name] if several else []), *_row(model))
     shared = sum(status.shared_nbytes for status in statuses)
     clients = sum(status.clients for status in statuses)
     total = f"saved {size(saved)}: {count(clients, 'client')}, {size(shared)} of shared memory"
     output.result(value, table, total)
+
+
+def _where(host: p.HostInfo) -> dict[str, object]:
+    return {"endpoint": host.endpoint, "device": host.device, "device_name": host.device_name}
 
 
 def fields(model: p.ModelInfo) -> dict[str, object]:

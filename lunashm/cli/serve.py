@@ -11,8 +11,10 @@ import typer
 
 from lunashm import settings
 from lunashm.cli.output import AsJson, Output, clean
+from lunashm.endpoints import canonical, describe
 from lunashm.errors import SettingsError
-from lunashm.memory import rung_for
+from lunashm.memory import probe
+from lunashm.memory.probe import Choice
 from lunashm.paths import Endpoint
 from lunashm.protocol import HostInfo
 
@@ -26,7 +28,9 @@ Roots = Annotated[
 
 def serve(
     *,
-    device: Annotated[str | None, typer.Option(help="Where the weights live; one host per device.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the weights live: cpu, cuda:N or a GPU's UUID; one host each.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="How they are shared: auto, posix, memfd, cuda-vmm or cuda-ipc.")
     ] = None,
@@ -46,14 +50,15 @@ def serve(
         }
     )  # fmt: skip
     roots = existing_roots(chosen.roots)
-    address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(chosen.device)
+    device = canonical(chosen.device)
+    address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(device)
     logging.basicConfig(
         level=chosen.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
     )
     if not chosen.roots:
         log.info("no root is configured: serving files below the home directory, %s (--root DIR narrows it)", roots[0])
     try:
-        _serve(chosen, address, roots, Output(as_json))
+        _serve(chosen, device, address, roots, Output(as_json))
     except KeyboardInterrupt:
         log.info("interrupted before it was ready")
 
@@ -70,14 +75,31 @@ def existing_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(str, paths))
 
 
-def _serve(chosen: settings.Settings, address: Endpoint, roots: tuple[str, ...], output: Output) -> None:
+def choose_rung(memory: str, device: str) -> Choice:
+    """The rung to serve with, by real round trips; what was found out is logged (I5). Raises SettingsError."""
+    choice = probe.choose(memory, device)
+    for verdict in choice.verdicts:
+        level = logging.WARNING if verdict.tried and not verdict.works else logging.INFO
+        log.log(level, "memory on %s: %s", describe(device), verdict)
+    if choice.fallback:
+        log.warning("memory on %s: sharing by %s, because %s", describe(device), choice.rung.name, choice.fallback)
+    return choice
+
+
+def _serve(
+    chosen: settings.Settings, device: str, address: Endpoint, roots: tuple[str, ...], output: Output
+) -> None:
     from lunashm.host.server import Server  # noqa: PLC0415 - other commands need none of it
 
-    rung = rung_for("posix" if chosen.memory == "auto" else chosen.memory, chosen.device)
-    server = Server(rung=rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s)
+    choice = choose_rung(chosen.memory, device)
+    server = Server(
+        rung=choice.rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s,
+        device_name=describe(device), rung_reason=choice.fallback,
+    )  # fmt: skip
 
     def ready(info: HostInfo) -> None:
-        value = {"ready": True, "endpoint": info.endpoint, "device": info.device, "rung": info.rung,
+        value = {"ready": True, "endpoint": info.endpoint, "device": info.device,
+                 "device_name": info.device_name, "rung": info.rung, "rung_reason": info.rung_reason,
                  "roots": info.roots, "pid": info.pid, "version": info.version}  # fmt: skip
         if output.as_json:
             output.result(value)

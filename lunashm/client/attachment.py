@@ -16,6 +16,7 @@ from lunashm import settings as settings_module
 from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session, session_for
+from lunashm.endpoints import endpoint_of
 from lunashm.errors import (
     ForkedProcess,
     InvalidCheckpoint,
@@ -27,7 +28,6 @@ from lunashm.errors import (
 )
 from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
 from lunashm.memory import Mapping
-from lunashm.paths import Endpoint
 from lunashm.settings import Fallback
 from lunashm.views import dtype_name, state_dict, torch_dtype
 
@@ -232,8 +232,7 @@ def attach(
     rules = rules_of(dtypes)
     named = os.path.abspath(os.fsdecode(path))
     try:
-        address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(chosen.device)
-        session = session_for(address, kind=kind, label=label)
+        session = session_for(endpoint_of(chosen), kind=kind, label=label)
         return Attachment.open(session, named, rules, chosen.wait_s if chosen.fallback == "wait" else 0.0)
     except SettingsError:
         raise

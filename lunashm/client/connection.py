@@ -32,7 +32,7 @@ from lunashm.errors import (
     MalformedMessage,
     from_code,
 )
-from lunashm.paths import Endpoint, find_host
+from lunashm.paths import Endpoint, find_host, nobody_at
 from lunashm.process import pidfd_of
 from lunashm.protocol import Event, HostInfo, HostStopping, Message, Reply
 
@@ -65,7 +65,7 @@ class Connection:
     ) -> None:
         host = find_host(endpoint)
         if host is None:
-            raise HostUnavailable(f"no lunashm host at {endpoint.url}; start one with: lunashm serve")
+            raise nobody_at(endpoint)
         self.host: HostInfo = host
         self._endpoint = endpoint
         self._on_event = on_event

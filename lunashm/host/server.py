@@ -37,7 +37,16 @@ _BATCH = 256
 class Server:
     """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once."""
 
-    def __init__(self, *, rung: Rung, endpoint: Endpoint, roots: tuple[str, ...], ttl_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        rung: Rung,
+        endpoint: Endpoint,
+        roots: tuple[str, ...],
+        ttl_s: float,
+        device_name: str = "",
+        rung_reason: str = "",
+    ) -> None:
         self._rung = rung
         self._endpoint = endpoint
         self._lock = HostLock(endpoint)
@@ -51,7 +60,8 @@ class Server:
         self._stop_reason = ""
         self._idle_ms = max(_LEAST_MS, min(_IDLE_MS, int(ttl_s * 1000 / 3)))
         self.service = Service(
-            rung=rung, roots=roots, endpoint=endpoint.url, ttl_s=ttl_s, outbox=self, submit=self._submit
+            rung=rung, roots=roots, endpoint=endpoint.url, ttl_s=ttl_s, outbox=self, submit=self._submit,
+            device_name=device_name, rung_reason=rung_reason,
         )  # fmt: skip
 
     def run(self, ready: Callable[[protocol.HostInfo], None]) -> None:

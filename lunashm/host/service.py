@@ -56,14 +56,17 @@ class Service:
         outbox: Outbox,
         submit: Callable[[Job], None],
         clock: Clock = time.monotonic,
+        device_name: str = "",
+        rung_reason: str = "",
     ) -> None:
         self.info = p.HostInfo(
             host_id=secrets.token_hex(8),
             pid=os.getpid(),
             pid_namespace=namespace(),
             device=rung.device,
-            device_name=rung.device,
+            device_name=device_name or rung.device,
             rung=rung.name,
+            rung_reason=rung_reason,
             endpoint=endpoint,
             version=__version__,
             roots=tuple(map(_real_root, roots)),

@@ -74,7 +74,7 @@ def test_a_flag_that_makes_no_sense_is_named(cli, tmp_path, flags, named):
 def test_stop_gives_up_at_its_deadline(runtime):
     """The lock is held by this very process, which will not go away."""
     endpoint = Endpoint.for_device("cpu")
-    info = HostInfo("1", os.getpid(), 0, "cpu", "cpu", "posix", endpoint.url, "0", (), 0.0)
+    info = HostInfo("1", os.getpid(), 0, "cpu", "cpu", "posix", "", endpoint.url, "0", (), 0.0)
     lock = HostLock(endpoint)
     lock.acquire()
     try:

@@ -45,7 +45,7 @@ class Puppet:
             socket.bind(url)
         self.info = p.HostInfo(
             "puppet", os.getpid() if pid is None else pid, namespace() if pid_namespace is None else pid_namespace,
-            "cpu", "cpu", "heap", self.endpoint.url, "0", (), 0.0,
+            "cpu", "cpu", "heap", "", self.endpoint.url, "0", (), 0.0,
         )  # fmt: skip
         self.lock.publish(self.info)
 

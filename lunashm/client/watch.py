@@ -1,0 +1,74 @@
+"""Whether memory that dies with its host is still the host's: for rungs whose bytes do not outlive it (``cuda-ipc``).
+
+When the exporter of a legacy CUDA IPC handle ends, what importers read is undefined, and nothing tells them. So a
+client watches the host from before it maps, and asks before and after each use. The order matters:
+
+- *before* says: do not start on memory that is gone;
+- *after* (synchronised with the device) says: what was computed meanwhile is good, or must be thrown away.
+
+For that the answer must never be late. A dying process sets PF_EXITING in all its threads before it closes a single
+descriptor of the driver, and a host that stops properly withdraws its lock file before it frees anything; a pidfd alone
+becomes readable only after the descriptors were closed. So all three are asked.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import weakref
+
+from lunashm.errors import HostLost, SharedMemoryError
+from lunashm.paths import Endpoint, find_host
+from lunashm.process import is_exiting, pidfd_of
+from lunashm.protocol import HostInfo
+
+
+class HostWatch:
+    """Watches ``host`` until this object is gone. Any thread may ask; costs a few system calls each time.
+
+    Raises HostLost where it is gone already, SharedMemoryError where its process cannot be watched from here.
+    """
+
+    def __init__(self, endpoint: Endpoint, host: HostInfo) -> None:
+        self._endpoint = endpoint
+        self._host = host
+        self._lost = ""
+        pidfd = pidfd_of(host.pid, host.pid_namespace)
+        if pidfd is None:
+            raise SharedMemoryError(
+                f"the host's memory ({host.rung}) dies with its process, pid {host.pid}, which cannot be watched from "
+                "here (another PID namespace, or no pidfd): give both the same one (docker: --pid=host), or have the "
+                "host share by another rung (lunashm serve --memory cuda-vmm)"
+            )
+        self._pidfd = pidfd
+        weakref.finalize(self, os.close, pidfd).atexit = False
+        self.check()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the memory cannot be trusted any more. Once True it stays so."""
+        if not self._lost:
+            self._lost = self._reason()
+        return bool(self._lost)
+
+    def check(self) -> None:
+        """Raises HostLost."""
+        if self.lost:
+            raise HostLost(
+                f"the host (pid {self._host.pid}) {self._lost}, and the memory it shared ({self._host.rung}) went with "
+                "it: what was computed with these weights meanwhile is not to be trusted; attach again"
+            )
+
+    def revoke(self, reason: str) -> None:
+        """The host does not count us any more, so it may free the memory at any time. ``reason``: "it ..."."""
+        self._lost = self._lost or reason
+
+    def _reason(self) -> str:
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if poller.poll(0) or is_exiting(self._host.pid):
+            return "died"
+        now = find_host(self._endpoint)
+        if now is None or now.host_id != self._host.host_id:
+            return "stopped"
+        return ""

@@ -1,0 +1,33 @@
+"""Tensors over mapped device memory: the one place where torch meets an address that its allocator did not make.
+
+What only a GPU can show, and ``tests/gpu`` does: that torch takes the pointer as it is (no copy, right device), that
+kernels read it under either of torch's allocators, and that the memory stays mapped while a tensor lives.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from lunashm.errors import SharedMemoryError
+from lunashm.memory import Mapping
+
+
+def tensor_at(mapping: Mapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with a storage of its own, exactly its size, over ``mapping`` from ``offset`` bytes on.
+
+    Raises SharedMemoryError where torch would copy.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    piece = mapping.at(offset, nbytes)  # type: ignore[attr-defined] # a DeviceMapping: every mapping on a GPU is one
+    device = torch.device("cuda", piece.ordinal)
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype, device=device)
+    tensor = torch.as_tensor(piece, device=device)  # |u1; torch keeps ``piece``, and that keeps the mapping
+    if tensor.data_ptr() != piece.pointer:
+        raise SharedMemoryError(
+            f"torch {torch.__version__} made a copy on {device} instead of a view of the memory at {piece.pointer:#x}; "
+            "is this process's current CUDA device another one than the host's?"
+        )
+    return tensor.view(dtype).view(shape)
