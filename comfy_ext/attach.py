@@ -21,7 +21,7 @@ import torch
 from lunashm import settings
 from lunashm.errors import LunashmError
 
-from . import hostlink, loras, trace
+from . import failstop, hostlink, loras, trace
 from .patcher import protect_weights, show_patched_weights
 from .sharing import share
 
@@ -42,6 +42,7 @@ def install() -> None:
     trace.install_load_state_dict()
     protect_weights()
     show_patched_weights()
+    failstop.install()
     loras.install(_reader(comfy.utils.load_torch_file))
     comfy.utils.load_torch_file = _load_torch_file(comfy.utils.load_torch_file)
     for name in ("load_checkpoint_guess_config", "load_diffusion_model", "load_clip"):

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .layers import PatchedLayers  # needs ComfyUI
 
 log = logging.getLogger("lunashm.comfy")
+
+ATTRIBUTE = "lunashm"
+"""Where a root module has its binding, so that all its patchers see it."""
 
 _RETRY_S = 1.0
 
@@ -85,6 +88,10 @@ class SharedFile:
             for place in self.places:
                 place.bind(shared)
 
+    @property
+    def path(self) -> str:
+        return self.attachment.manifest.source.path
+
     def stale(self) -> bool:
         """Whether the host that lent these bytes is gone and another is there. Cheap enough for every prompt."""
         try:
@@ -126,18 +133,42 @@ _live_lock = threading.Lock()
 
 def shows_generation(generation: int) -> bool:
     """Whether some model of this process holds a lease of that generation of the present host."""
+    return any(f.attachment.attached and f.attachment.manifest.generation == generation for f in _all())
+
+
+def any_lost() -> bool:
+    """Whether some model of this process shows memory that went with its host."""
+    return any(file.attachment.lost for file in _all())
+
+
+def _all() -> list[SharedFile]:
     with _live_lock:
-        files = list(_live)
-    return any(f.attachment.attached and f.attachment.manifest.generation == generation for f in files)
+        return list(_live)
+
+
+def binding_of(model: torch.nn.Module | None) -> Binding | None:
+    """The binding of a root module, or None where nothing ever was shared."""
+    return getattr(model, ATTRIBUTE, None)
 
 
 class Binding:
-    """What one model (a root module) shares. Kept on the module as ``lunashm``, so that all its patchers see it."""
+    """What one model (a root module) shares."""
 
     def __init__(self, files: list[SharedFile], private_nbytes: int, layers: PatchedLayers) -> None:
         self.files = files
         self.private_nbytes = private_nbytes
         self.layers = layers
+        self.guarded = False
+
+    @property
+    def fail_stop(self) -> bool:
+        """Whether some of its weights die with their host."""
+        return any(file.attachment.fail_stop for file in self.files)
+
+    def check(self) -> None:
+        """Raises HostLost where weights went with their host."""
+        for file in self.files:
+            file.attachment.check()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Binding:
         """A deep copy of the module has private parameters: nothing is bound there, but what is around its layers was
@@ -145,9 +176,17 @@ class Binding:
         private_nbytes = sum(file.nbytes for file in self.files) + self.private_nbytes
         return Binding([], private_nbytes, copy.deepcopy(self.layers, memo))
 
-    def renewals(self) -> list[tuple[SharedFile, Attachment]]:
-        """New attachments for the files whose host is gone, where another host is there."""
-        fresh = [(file, file.renewed()) for file in self.files if file.stale()]
+    def renewals(self, reopened: Callable[[SharedFile], Attachment]) -> list[tuple[SharedFile, Attachment]]:
+        """New attachments for the files whose host is gone, where another host is there.
+
+        ``reopened`` gets one for a file whose memory went with its host, or raises.
+        """
+        fresh: list[tuple[SharedFile, Attachment | None]] = []
+        for file in self.files:
+            if file.attachment.lost:
+                fresh.append((file, reopened(file)))
+            elif file.stale():
+                fresh.append((file, file.renewed()))
         return [(file, attachment) for file, attachment in fresh if attachment is not None]
 
 

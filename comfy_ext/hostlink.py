@@ -7,16 +7,17 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
 
 from lunashm import settings
-from lunashm.client import Session, session_for
-from lunashm.errors import HostUnavailable
+from lunashm.client import Attachment, Session, session_for
+from lunashm.endpoints import endpoint_of
+from lunashm.errors import HostUnavailable, LoadTimeout
 from lunashm.paths import Endpoint
-from lunashm.protocol import Event, LoadProgress, UnloadRequested
+from lunashm.protocol import Event, HostStopping, LoadProgress, UnloadRequested
 
 from . import binding
 from .units import size
@@ -24,11 +25,11 @@ from .units import size
 log = logging.getLogger("lunashm.comfy")
 
 PROGRESS_EVERY_S = 5.0
+_WAIT_SLICE_S = 1.0
 
 
 def endpoint() -> Endpoint:
-    chosen = settings.load()
-    return Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(chosen.device)
+    return endpoint_of(settings.load())
 
 
 def session() -> Session:
@@ -65,7 +66,7 @@ _next_progress = 0.0
 
 
 @contextlib.contextmanager
-def awaiting(path: str) -> Iterator[None]:
+def _awaiting(path: str) -> Iterator[None]:
     """While inside, the host's progress with ``path`` is logged."""
     _awaited.add(path)
     try:
@@ -80,12 +81,31 @@ def _listen_once(session: Session) -> None:
         session.listen(_on_event)
 
 
+def patiently(path: str, ask: Callable[[float], Attachment], wait_s: float) -> Attachment:
+    """``ask(seconds)`` the host for ``path`` in slices, so that ComfyUI's cancel button works meanwhile.
+
+    Raises what ``ask`` raises, LoadTimeout after ``wait_s``.
+    """
+    deadline = time.monotonic() + wait_s
+    with _awaiting(path):
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return ask(max(min(left, _WAIT_SLICE_S), 0.0))
+            except LoadTimeout:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if left <= _WAIT_SLICE_S:
+                    raise
+
+
 def _on_event(event: Event) -> None:
     """Called in the connection's thread."""
     if isinstance(event, LoadProgress) and event.path in _awaited:
         _tell_progress(event)
-    elif isinstance(event, UnloadRequested):
-        _let_go(event)
+    elif isinstance(event, UnloadRequested) and binding.shows_generation(event.generation):
+        forget_models(f"the host asks to let go of {event.name}")
+    elif isinstance(event, HostStopping) and binding.any_lost():
+        forget_models("the host that held its weights is gone")
 
 
 def _tell_progress(event: LoadProgress) -> None:
@@ -96,14 +116,12 @@ def _tell_progress(event: LoadProgress) -> None:
         log.info("[lunashm] waiting for the host to load %s: %d%% of %s", event.name, percent, size(event.total))
 
 
-def _let_go(event: UnloadRequested) -> None:
-    """``lunashm unload --force``: have ComfyUI drop its models as its own /free route does, between prompts."""
-    if not binding.shows_generation(event.generation):
-        return
+def forget_models(why: str) -> None:
+    """Have ComfyUI drop its models as its own /free route does, between prompts: the next one loads what it needs."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
     if queue is None:
         return
-    log.warning("[lunashm] the host asks to let go of %s: freeing models after the current prompt", event.name)
+    log.warning("[lunashm] %s: freeing models after the current prompt", why)
     queue.set_flag("unload_models", True)
     queue.set_flag("free_memory", True)

@@ -23,14 +23,13 @@ import torch
 from lunashm import settings
 from lunashm.client.lowrank import UnsupportedLayer, Update
 
-from .binding import Binding
+from . import failstop
+from .binding import ATTRIBUTE, Binding, binding_of
 from .layers import PatchedLayers, Rungs, nbytes_of
 from .trace import UntraceableError
 from .units import size
 
 log = logging.getLogger("lunashm.comfy")
-
-_HOST_ATTRIBUTE = "lunashm"
 
 _seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed  # where 0.8 has it
 
@@ -47,11 +46,6 @@ def _raise_out_of_memory(exc: Exception) -> None:
 
 class PrivateBudgetError(RuntimeError):
     """Patches would copy more of the shared weights than ``private_gb`` allows; the model is as it was."""
-
-
-def binding_of(model: torch.nn.Module) -> Binding | None:
-    """The binding of a root module, or None where nothing ever was shared."""
-    return getattr(model, _HOST_ATTRIBUTE, None)
 
 
 def show_patched_weights() -> None:
@@ -104,7 +98,8 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, binding: Binding) -> None:
 
     In place, because ComfyUI's list of loaded models may hold it already (on CPU a CLIP is loaded while it is made).
     """
-    setattr(patcher.model, _HOST_ATTRIBUTE, binding)
+    setattr(patcher.model, ATTRIBUTE, binding)
+    failstop.guard(patcher.model, binding)
     patcher.__class__ = SharedModelPatcher
     patcher.size = 0
     patcher.weight_inplace_update = False
@@ -131,13 +126,18 @@ class SharedModelPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc
     # -- staying current -----------------------------------------------------------------------------------------------
 
     def keep_current(self) -> None:
-        """Before a run: if the host died and another is there, take the same bytes from that one."""
+        """Before a run: if the host died and another is there, take the same bytes from that one.
+
+        Raises HostLost where the weights went with the host and nobody has them.
+        """
         binding = binding_of(self.model)
-        renewals = binding.renewals() if binding is not None else []
-        if renewals:
-            self.unpatch_model(None, unpatch_weights=True)
+        renewals = binding.renewals(failstop.reopened) if binding is not None else []
+        if binding is None or not renewals:
+            return
+        self.unpatch_model(None, unpatch_weights=True)
         for file, attachment in renewals:
             file.switch(attachment)
+        failstop.guard(self.model, binding)
 
     # -- loading: nothing to move, only patches to apply ---------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,6 @@ import comfy.sd
 from lunashm import settings
 from lunashm.client import Attachment, Session
 from lunashm.errors import LoadTimeout, LunashmError, ModelNotReady, SettingsError, UnsupportedFormat
-from lunashm.manifest import DtypeRule
 
 from . import binding, hostlink
 from .layers import PatchedLayers
@@ -32,8 +31,6 @@ _said: dict[str, str] = {}
 
 PRIVATE_WARNING_NBYTES = 64 << 20
 """Private bytes per load above which the largest tensors are named."""
-
-_WAIT_SLICE_S = 1.0
 
 
 def share(
@@ -99,7 +96,8 @@ def _attach(traced: Trace, session: Session, wait_s: float, holders: list[Any]) 
         slots = [slot for slot in traced.slots if id(slot.owner) in modules]
         for file, wanted in zip(traced.files, rules, strict=True):
             if wanted is not None and binding.needed_rules(file, slots, traced) is not None:
-                attachment = _open(session, file.identity.path, wanted, wait_s)
+                ask = functools.partial(Attachment.open, session, file.identity.path, wanted)
+                attachment = hostlink.patiently(file.identity.path, ask, wait_s)
                 bound[root].append(binding.bind(file, slots, traced, attachment, session))
     everything = [file for files in bound.values() for file in files]
     binding.make_private(traced, everything)
@@ -110,20 +108,6 @@ def _attach(traced: Trace, session: Session, wait_s: float, holders: list[Any]) 
         if bound[root]:
             adopt(patcher, binding.Binding(bound[root], sum(tensor.nbytes for _, tensor in own), PatchedLayers()))
     _report(everything, private)
-
-
-def _open(session: Session, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Attachment:
-    """Wait for the host in slices, so that ComfyUI's cancel button works meanwhile."""
-    deadline = time.monotonic() + wait_s
-    with hostlink.awaiting(path):
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return Attachment.open(session, path, rules, max(min(left, _WAIT_SLICE_S), 0.0))
-            except LoadTimeout:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                if left <= _WAIT_SLICE_S:
-                    raise
 
 
 def _report(files: list[binding.SharedFile], private: list[tuple[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lunashm.errors import AlreadyServing, SettingsError
-from lunashm.paths import Endpoint, HostLock, all_endpoints, find_host, runtime_dir
+from lunashm.paths import Endpoint, HostLock, all_endpoints, find_host, nobody_at, runtime_dir
 from tests.messages import HOST
 
 
@@ -55,6 +55,26 @@ def test_endpoint_of_a_device_lies_in_the_runtime_directory(runtime: Path) -> No
     assert endpoint.url == f"ipc://{runtime}/GPU-1____x.sock"
     assert endpoint.events == f"ipc://{runtime}/GPU-1____x.events.sock"
     assert endpoint.lock_path == runtime / "GPU-1____x.lock"
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("cpu", "cpu"), ("GPU-7c6e1b0a-1", "GPU-7c6e1b0a-1"), ("studio", "")]
+)  # fmt: skip
+def test_endpoint_says_which_device_it_is_for(device: str, said: str) -> None:
+    assert Endpoint.for_device(device).device == said
+
+
+def test_who_finds_no_host_is_told_which_there_are_and_how_to_start_one(endpoint: Endpoint) -> None:
+    missing = Endpoint.for_device("GPU-7c6e1b0a-1")
+    assert str(nobody_at(missing)).endswith("start one with: lunashm serve --device GPU-7c6e1b0a-1")
+    lock = HostLock(endpoint)
+    lock.acquire()
+    lock.publish(msgspec.structs.replace(HOST, device_name="cuda:1, NVIDIA H100"))
+    try:
+        assert ", there are hosts for cuda:1, NVIDIA H100; start one with" in str(nobody_at(missing))
+    finally:
+        lock.release()
+    assert str(nobody_at(endpoint)).endswith("cpu.sock; start one with: lunashm serve")
 
 
 def test_one_endpoint_has_one_form() -> None:

@@ -37,6 +37,11 @@ class Host:
     def environment(self) -> dict[str, str]:
         return {"LUNASHM_RUNTIME_DIR": str(self.runtime)}
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lunashm", "serve", "--json", *self._roots],
