@@ -60,7 +60,7 @@ class Endpoint:
                 "(TCP would need CURVE keys, which this version does not have)"
             )
         endpoint = cls(url if url.endswith(".sock") else url + ".sock")
-        longest = len(os.fsencode(endpoint.events.removeprefix("ipc://")))
+        longest = max(len(os.fsencode(path)) for path in endpoint.socket_paths)
         if longest > _SUN_PATH_MAX:
             raise SettingsError(
                 f"socket path of {url!r} has {longest} bytes, Unix sockets allow {_SUN_PATH_MAX}; "
@@ -89,6 +89,16 @@ class Endpoint:
     @property
     def events_path(self) -> Path:
         return Path(self.events.removeprefix("ipc://"))
+
+    @property
+    def fds_path(self) -> Path:
+        """Where descriptors are handed over; no ZeroMQ there."""
+        return Path(self._stem.removeprefix("ipc://") + ".fds.sock")
+
+    @property
+    def socket_paths(self) -> tuple[Path, ...]:
+        """All that a host listens on."""
+        return self.socket_path, self.events_path, self.fds_path
 
     @property
     def lock_path(self) -> Path:

@@ -1,7 +1,8 @@
 """The messages between clients and host, and their bytes. Knows no sockets; PROTOCOL.md is the specification.
 
 A message is two frames: a fixed 14-byte header (magic, protocol version, id) and a msgpack body, a tagged
-msgspec struct. The version lives in the header so that a peer of any version can be told of a mismatch.
+msgspec struct. The version lives in the header so that a peer of any version can be told of a mismatch. Where
+descriptors are handed over, both frames are one datagram.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ MAX_REQUEST_BYTES = 1 << 20
 """A request's body; the host answers a larger one with MessageTooLarge."""
 MAX_FRAME_BYTES = 64 << 20
 """What ZeroMQ lets in at all; a peer that sends more is disconnected."""
+MAX_DATAGRAM_BYTES = 4096
+"""A message where descriptors are handed over, header included."""
+DESCRIPTORS_PER_DATAGRAM = 128
+"""Linux allows 253 (SCM_MAX_FD)."""
 
 _HEADER = struct.Struct("!4sHQ")
 _MAGIC = b"LUNA"
@@ -256,6 +261,25 @@ Reply = (
 )  # fmt: skip
 
 
+# -- handing descriptors over (a Unix socket of its own) ----------------------------------------------------------
+
+
+class Redeem(Message, frozen=True):
+    """The one thing a client says there: the ticket of an Attached."""
+
+    ticket: bytes
+
+
+class HandedOver(Message, frozen=True):
+    """Its datagram carries the descriptors of the handles from ``first`` on; all datagrams together ``total``."""
+
+    first: int
+    total: int
+
+
+Handed = HandedOver | ErrorReply
+
+
 # -- events (PUB) --------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +349,8 @@ _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+_redeem_decoder: msgspec.msgpack.Decoder[Redeem] = msgspec.msgpack.Decoder(Redeem)
+_handed_decoder: msgspec.msgpack.Decoder[Handed] = msgspec.msgpack.Decoder(Handed)
 
 _T = TypeVar("_T")
 
@@ -381,6 +407,24 @@ def read_reply(body: bytes) -> Reply:
 
 def read_event(body: bytes) -> Event:
     return _decode(_event_decoder, body)
+
+
+def pack_datagram(message: Redeem | Handed, message_id: int) -> bytes:
+    """Both frames in one. Raises as :func:`pack`."""
+    return b"".join(pack(message, message_id, MAX_DATAGRAM_BYTES - _HEADER.size))
+
+
+def split_datagram(data: bytes) -> tuple[bytes, bytes]:
+    """Its header and its body, neither of them read yet."""
+    return data[: _HEADER.size], data[_HEADER.size :]
+
+
+def read_redeem(body: bytes) -> Redeem:
+    return _decode(_redeem_decoder, body)
+
+
+def read_handed(body: bytes) -> Handed:
+    return _decode(_handed_decoder, body)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes) -> _T:

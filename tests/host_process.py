@@ -1,4 +1,4 @@
-"""A real host in a process of its own: ``python -m tests.host_process RUNTIME ROOT [TTL]``, and how tests drive it."""
+"""A host in a process of its own (``python -m tests.host_process RUNTIME ROOT TTL RUNG``), and how tests drive it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ ROOT = Path(__file__).parents[1]
 class HostProcess:
     """``models``: the directory it may open files in."""
 
-    def __init__(self, runtime: Path, models: Path, ttl_s: float = 15.0, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, runtime: Path, models: Path, ttl_s: float = 15.0, prefix: tuple[str, ...] = (), rung: str = "posix"
+    ) -> None:
         self.runtime = runtime
         self.models = models
         self.endpoint = Endpoint.parse(f"ipc://{runtime}/cpu.sock")
         self._log = runtime / "host.log"
-        self._command = [*prefix, sys.executable, "-m", "tests.host_process", str(runtime), str(models), str(ttl_s)]
+        arguments = [str(runtime), str(models), str(ttl_s), rung]
+        self._command = [*prefix, sys.executable, "-m", "tests.host_process", *arguments]
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -97,8 +100,10 @@ class HostProcess:
 
 
 @contextlib.contextmanager
-def started(runtime: Path, models: Path, ttl_s: float = 15.0, prefix: tuple[str, ...] = ()) -> Iterator[HostProcess]:
-    host = HostProcess(runtime, models, ttl_s, prefix)
+def started(
+    runtime: Path, models: Path, ttl_s: float = 15.0, prefix: tuple[str, ...] = (), rung: str = "posix"
+) -> Iterator[HostProcess]:
+    host = HostProcess(runtime, models, ttl_s, prefix, rung)
     try:
         host.start()
         yield host
@@ -108,13 +113,13 @@ def started(runtime: Path, models: Path, ttl_s: float = 15.0, prefix: tuple[str,
             assert code == 0, f"exit code {code}:\n{host.log()}"
 
 
-def main(runtime: str, root: str, ttl_s: str) -> None:
+def main(runtime: str, root: str, ttl_s: str, rung: str) -> None:
     from lunashm.host.server import Server
     from lunashm.memory import rung_for
 
     logging.basicConfig(level="INFO", format="%(message)s")
     endpoint = Endpoint.parse(f"ipc://{runtime}/cpu.sock")
-    server = Server(rung=rung_for("posix", "cpu"), endpoint=endpoint, roots=(root,), ttl_s=float(ttl_s))
+    server = Server(rung=rung_for(rung, "cpu"), endpoint=endpoint, roots=(root,), ttl_s=float(ttl_s))
     server.run(lambda info: print(json.dumps({"pid": info.pid}), flush=True))
 
 

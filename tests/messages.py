@@ -40,7 +40,7 @@ REQUESTS: list[p.Message] = [
 REPLIES: list[p.Message] = [
     p.Registered("c1", HOST, 15.0, 5.0),
     p.Done(),
-    p.Attached(41, MANIFEST, (HANDLE,), b"\x01" * 16),
+    p.Attached(41, MANIFEST, (HANDLE,), b"\x01" * 32),
     p.Loaded(MODEL, False),
     p.Unloaded(MODEL, False, (LEASE,)),
     p.Models((MODEL,)),
@@ -61,5 +61,6 @@ EVENTS: list[p.Message] = [
     p.LeaseEnded(41, "sd15.safetensors", "released"),
     p.HostStopping("h0st", "signal SIGTERM"),
 ]
-ALL = [*REQUESTS, *REPLIES, *EVENTS]
+HANDOVER: list[p.Message] = [p.Redeem(b"\x01" * 32), p.HandedOver(128, 200)]
+ALL = [*REQUESTS, *REPLIES, *EVENTS, *HANDOVER]
 MESSAGE_ID = 0x0102030405060708

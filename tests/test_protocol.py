@@ -27,14 +27,16 @@ def message_types() -> list[type[p.Message]]:
 def read(message: p.Message, body: bytes) -> p.Message:
     if message in messages.REQUESTS:
         return p.read_request(body)
+    if message in messages.HANDOVER:
+        return p.read_redeem(body) if isinstance(message, p.Redeem) else p.read_handed(body)
     return p.read_reply(body) if message in messages.REPLIES else p.read_event(body)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
-def test_protocol_version_is_one() -> None:
-    assert p.PROTOCOL_VERSION == 1
+def test_protocol_version_is_two() -> None:
+    assert p.PROTOCOL_VERSION == 2
 
 
 def test_every_message_type_has_a_sample_and_golden_bytes() -> None:
@@ -53,22 +55,32 @@ def test_message_has_its_golden_bytes_and_is_read_back_from_them(message: p.Mess
 
 def test_header_is_magic_version_and_id_in_network_order() -> None:
     header, _ = p.pack(p.Done(), 7)
-    assert header == b"LUNA" + struct.pack("!HQ", 1, 7)
+    assert header == b"LUNA" + struct.pack("!HQ", 2, 7)
     assert p.read_header(header) == 7
+
+
+def test_datagram_is_header_and_body_in_one() -> None:
+    message = p.Redeem(b"\x01" * 32)
+    data = p.pack_datagram(message, 7)
+    assert data == b"".join(p.pack(message, 7))
+    assert p.split_datagram(data) == tuple(p.pack(message, 7))
+    assert p.split_datagram(b"short") == (b"short", b"")
+    with pytest.raises(MessageTooLarge):
+        p.pack_datagram(p.Redeem(bytes(p.MAX_DATAGRAM_BYTES)), 7)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("header", [b"", b"LUNA", b"LUNA" + bytes(11), b"XUNA" + struct.pack("!HQ", 1, 7)])
+@pytest.mark.parametrize("header", [b"", b"LUNA", b"LUNA" + bytes(11), b"XUNA" + struct.pack("!HQ", 2, 7)])
 def test_header_of_wrong_size_or_magic_is_malformed(header: bytes) -> None:
     with pytest.raises(MalformedMessage):
         p.read_header(header)
 
 
 def test_other_version_is_a_mismatch_that_names_both_and_can_still_be_answered() -> None:
-    header = b"LUNA" + struct.pack("!HQ", 2, 7)
-    with pytest.raises(ProtocolMismatch, match="speaks protocol 2, this lunashm speaks 1"):
+    header = b"LUNA" + struct.pack("!HQ", 1, 7)
+    with pytest.raises(ProtocolMismatch, match="speaks protocol 1, this lunashm speaks 2"):
         p.read_header(header)
     assert p.peek_id(header) == 7
     assert p.peek_id(header[:-1]) == 0
@@ -119,9 +131,20 @@ def test_text_or_numbers_that_msgpack_cannot_hold_are_refused_when_packing() -> 
         p.pack(p.Detach("c", 1 << 64), 1)
 
 
+def test_each_socket_has_its_own_messages() -> None:
+    with pytest.raises(MalformedMessage):
+        p.read_request(p.pack(p.Redeem(b""), 1)[1])
+    for message in (p.Shutdown(), p.HandedOver(0, 1)):
+        with pytest.raises(MalformedMessage):
+            p.read_redeem(p.pack(message, 1)[1])
+    for message in (p.Done(), p.Redeem(b"")):
+        with pytest.raises(MalformedMessage):
+            p.read_handed(p.pack(message, 1)[1])
+
+
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_never_worse_than_malformed(data: bytes) -> None:
-    for reader in (p.read_header, p.read_request, p.read_reply, p.read_event):
+    for reader in (p.read_header, p.read_request, p.read_reply, p.read_event, p.read_redeem, p.read_handed):
         try:
             reader(data)
         except LunashmError as exc:
@@ -162,6 +185,6 @@ def test_specification_has_every_error_code(code: str) -> None:
     assert f"| `{code}` |" in SPECIFICATION
 
 
-@pytest.mark.parametrize("limit", [p.MAX_REQUEST_BYTES, p.MAX_FRAME_BYTES])
+@pytest.mark.parametrize("limit", [p.MAX_REQUEST_BYTES, p.MAX_FRAME_BYTES, p.MAX_DATAGRAM_BYTES])
 def test_specification_has_every_limit(limit: int) -> None:
     assert f"{limit:,}" in SPECIFICATION

@@ -23,8 +23,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from lunashm import __version__, protocol
+from lunashm.client import handover
 from lunashm.client.connection import REPLY_S, Connection
-from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered
+from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered, TicketRefused
 from lunashm.manifest import DtypeRule
 from lunashm.memory import Mapping, open_handle
 from lunashm.paths import Endpoint, find_host
@@ -126,8 +127,22 @@ class Session:
     ) -> tuple[Attached, tuple[Mapping, ...], int]:
         """One lease, the mapped segments it covers, and the epoch it belongs to.
 
-        Raises what the host answers, or SegmentGone. The lease ends when all the mappings are gone.
+        Raises what the host answers, what :func:`lunashm.client.handover.redeem` raises, or SegmentGone. The lease
+        ends when all the mappings are gone.
         """
+        registration, reply = self._lease(path, rules, wait_s)
+        try:
+            return reply, self._take(registration, reply), registration.epoch
+        except (TicketRefused, HostLost) as exc:  # late with the ticket (a long suspend), or a new host: again, once
+            if isinstance(exc, HostLost) and not self.host_is_back():
+                raise
+            log.info("attaching to %s again: %s", path, exc)
+        registration, reply = self._lease(path, rules, wait_s)
+        return reply, self._take(registration, reply), registration.epoch
+
+    def _lease(
+        self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
+    ) -> tuple[_Registration, Attached]:
         registration = self._registered()
         try:
             reply = self._ask(registration, path, rules, wait_s)
@@ -138,16 +153,20 @@ class Session:
                 raise
             registration = self._registered()
             reply = self._ask(registration, path, rules, wait_s)
+        return registration, reply
+
+    def _take(self, registration: _Registration, reply: Attached) -> tuple[Mapping, ...]:
+        """Map what a lease covers, and tie the lease to it; it is given back if that fails."""
         hold = _Hold()
         weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
         try:
-            mappings = tuple(self._map(registration.host, handle) for handle in reply.handles)
+            mappings = self._map(registration.host, reply.handles, reply.ticket)
         except BaseException:
             del hold  # now, not when the last traceback goes
             raise
         for mapping in mappings:
             mapping.when_gone(functools.partial(_let_go, hold))
-        return reply, mappings, registration.epoch
+        return mappings
 
     def _ask(
         self, registration: _Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
@@ -162,14 +181,22 @@ class Session:
             raise LunashmError(f"the host answered Attach with {type(reply).__name__}")
         return reply
 
-    def _map(self, host: HostInfo, handle: Handle) -> Mapping:
-        """The one mapping this process has of that segment."""
-        key = (host.host_id, handle.rung, handle.data)
+    def _map(self, host: HostInfo, handles: tuple[Handle, ...], ticket: bytes) -> tuple[Mapping, ...]:
+        """The one mapping this process has of each segment. Descriptors are fetched only for what is not mapped yet."""
+        keys = [(host.host_id, handle.rung, handle.data) for handle in handles]
         with self._opening:
-            mapping = self._mappings.get(key)
-            if mapping is None:
-                mapping = self._mappings[key] = open_handle(handle)
-            return mapping
+            found = [self._mappings.get(key) for key in keys]
+            if all(mapping is not None for mapping in found):
+                ticket = b""
+            try:
+                with handover.borrowed(self.endpoint, ticket, len(handles)) as descriptors:
+                    for number, key in enumerate(keys):
+                        if found[number] is None:
+                            found[number] = self._mappings[key] = open_handle(handles[number], descriptors[number])
+            except BaseException:
+                found.clear()  # now, not when the last traceback goes
+                raise
+        return tuple(mapping for mapping in found if mapping is not None)
 
     def _release(self, registration: _Registration, lease: int) -> None:
         """The last view of a model died, or its attach was given up. Leaves a note for the connection's thread."""

@@ -80,8 +80,8 @@ class Loads:
         """``source``: the file as the client asked for it; the generation may have been loaded from another."""
         if isinstance(request, p.Load):
             return p.Loaded(self._reports.model(generation), was_loaded)
-        lease, handles = self._arena.grant(request.client, generation)
-        return p.Attached(lease.id, msgspec.structs.replace(generation.manifest, source=source), handles, b"")
+        lease, handles, ticket = self._arena.grant(request.client, generation)
+        return p.Attached(lease.id, msgspec.structs.replace(generation.manifest, source=source), handles, ticket)
 
     def _start(self, name: str, source: Source, rules: tuple[DtypeRule, ...]) -> Job:
         """Begin to load. A file that cannot be served is refused here, before anyone waits for it."""

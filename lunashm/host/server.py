@@ -19,6 +19,7 @@ import zmq
 from lunashm import protocol
 from lunashm.errors import LunashmError, ProtocolError, SettingsError
 from lunashm.host import processes
+from lunashm.host.handover import Handover
 from lunashm.host.loading import Job, Outcome
 from lunashm.host.service import Service
 from lunashm.memory import Rung
@@ -63,6 +64,7 @@ class Server:
             rung=rung, roots=roots, endpoint=endpoint.url, ttl_s=ttl_s, outbox=self, submit=self._submit,
             device_name=device_name, rung_reason=rung_reason,
         )  # fmt: skip
+        self._handover = Handover(endpoint, self.service.redeem, self.service.counters)
 
     def run(self, ready: Callable[[protocol.HostInfo], None]) -> None:
         """Serve until told to stop. ``ready`` is called once clients can connect.
@@ -92,9 +94,12 @@ class Server:
         self._context = stack.enter_context(zmq.Context())
         self._router = stack.enter_context(self._bind(zmq.ROUTER, self._endpoint.url))
         self._events = stack.enter_context(self._bind(zmq.PUB, self._endpoint.events))
+        self._handover.open()
+        stack.callback(self._handover.close)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_r, zmq.POLLIN)
+        self._poller.register(self._handover.fileno(), zmq.POLLIN)
 
     def _bind(self, kind: int, url: str) -> zmq.Socket[bytes]:
         path = Path(url.removeprefix("ipc://"))
@@ -117,13 +122,15 @@ class Server:
 
         Ended processes first: a request may close a pidfd and reuse its number for somebody who lives.
         """
-        ready = dict(self._poller.poll(_BUSY_MS if self.service.busy else self._idle_ms))
+        rest_ms = _BUSY_MS if self.service.busy else self._idle_ms
+        ready = dict(self._poller.poll(min(rest_ms, self._handover.rest_ms)))
         for client in [self._pidfds[fd] for fd in ready if fd in self._pidfds]:
             self._guarded(self._forget, client)
         if self._wake_r in ready:
             self._woken()
         if self._router in ready:
             self._receive()
+        self._guarded(self._handover.turn)
         self._guarded(self.service.tick)
         if self.service.stopping:
             self._stop_reason = self._stop_reason or "asked to stop"

@@ -23,6 +23,7 @@ from lunashm.host.leases import Client, Clock, LeaseTable
 from lunashm.host.loading import Job, Outcome, Waiter
 from lunashm.host.loads import Loads
 from lunashm.host.reports import Reports
+from lunashm.host.tickets import Tickets
 from lunashm.memory import Rung
 from lunashm.process import namespace
 
@@ -80,8 +81,9 @@ class Service:
         self._started = clock()
         self._catalog = Catalog()
         self._leases = LeaseTable(ttl_s, clock)
+        self._tickets = Tickets(clock)
         self._reports = Reports(self._catalog, self._leases, clock, rung.name)
-        self._arena = Arena(self._catalog, self._leases, self._reports, outbox.publish)
+        self._arena = Arena(self._catalog, self._leases, self._tickets, self._reports, outbox.publish)
         self._loads = Loads(
             roots=self.info.roots, catalog=self._catalog, arena=self._arena, reports=self._reports, submit=submit,
             reply=self._answer_waiter, refuse=self._refusal, publish=outbox.publish, clock=clock,
@@ -151,6 +153,12 @@ class Service:
         """A job ended."""
         self._loads.finish(job, result)
 
+    def redeem(self, ticket: bytes, pid: int) -> tuple[int, ...]:
+        """The descriptors that process ``pid`` asks for; they stay the host's. Raises TicketRefused."""
+        self.counters["request.Redeem"] += 1
+        descriptors = (segment.descriptor() for segment in self._tickets.redeem(ticket, pid))
+        return tuple(descriptor for descriptor in descriptors if descriptor is not None)
+
     def register(self, info: p.ClientInfo, watched: bool) -> tuple[Client, p.Registered]:
         """Admit a client. ``watched``: the caller will call :meth:`drop_client` when its process ends."""
         self.counters["request.Register"] += 1
@@ -194,6 +202,7 @@ class Service:
         """Let time pass: silent clients expire, parked requests reach their deadline, progress is told."""
         for client in self._leases.silent():
             self.drop_client(client.id, f"silent for {self._leases.ttl_s:g} s")
+        self._tickets.expire()
         self._loads.tick()
 
     @property

@@ -10,14 +10,15 @@ import pytest
 
 from lunashm.client import Session
 from lunashm.client import session as session_module
-from lunashm.memory.posix import PosixRung
+from lunashm.memory import ON_CPU, rung_for
 from tests import checkpoints
 from tests.hosting import Hosting
 
 
-@pytest.fixture
-def hosting(tmp_path: Path) -> Iterator[Hosting]:
-    hosting = Hosting(tmp_path, rung=PosixRung())
+@pytest.fixture(params=ON_CPU)
+def hosting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosting]:
+    """With memory that has a name, and with memory whose descriptors have to be handed over."""
+    hosting = Hosting(tmp_path, rung=rung_for(request.param, "cpu"))
     hosting.start()
     yield hosting
     gc.collect()

@@ -236,7 +236,7 @@ def test_wrong_number_of_frames_is_dropped_and_counted(hosting: Hosting, wire: z
     [
         ([b"", b""], "malformed_message", 0),
         ([b"HTTP" + bytes(9) + b"\x05", b""], "malformed_message", 5),
-        ([b"LUNA\x00\x02" + bytes(7) + b"\x05", b""], "protocol_mismatch", 5),
+        ([b"LUNA\x00\x01" + bytes(7) + b"\x05", b""], "protocol_mismatch", 5),
         ([p.pack(p.Done(), 7)[0], b"\xc1"], "malformed_message", 7),
         (p.pack(p.Done(), 7), "malformed_message", 7),
         ([p.pack(p.Done(), 7)[0], msgspec.msgpack.encode({"type": "Format", "disk": "c:"})], "malformed_message", 7),
