@@ -143,10 +143,15 @@ class HostLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, msgspec.json.encode(info), 0)
 
-    def release(self) -> None:
-        """The file stays: unlinking a lock file races with the next host taking it."""
+    def withdraw(self) -> None:
+        """Nobody shall find us any more, nor go on with memory that dies with us: what is freed is freed after this."""
         if self._fd >= 0:
             os.ftruncate(self._fd, 0)
+
+    def release(self) -> None:
+        """The file stays: unlinking a lock file races with the next host taking it."""
+        self.withdraw()
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 

@@ -16,6 +16,7 @@ from lunashm import settings as settings_module
 from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session, session_for
+from lunashm.client.watch import HostWatch
 from lunashm.endpoints import endpoint_of
 from lunashm.errors import (
     ForkedProcess,
@@ -52,6 +53,7 @@ class Attachment:
         self._mappings: tuple[Mapping, ...] = ()
         self._session: Session | None = None
         self._epoch = 0
+        self._watch: HostWatch | None = None
         self._path = manifest.source.path
         self._rules: tuple[DtypeRule, ...] = ()
         self._pid = os.getpid()
@@ -64,7 +66,7 @@ class Attachment:
     def open(cls, session: Session, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Attachment:
         """Attach through ``session``. Raises what the host answers; I4: all of the model or an error."""
         try:
-            reply, mappings, epoch = session.attach(path, rules, wait_s)
+            reply, mappings, epoch, watch = session.attach(path, rules, wait_s)
         except PathNotAllowed as exc:
             raise explained(exc, path) from None
         manifest = reply.manifest
@@ -76,6 +78,7 @@ class Attachment:
         attachment._mappings = mappings
         attachment._session = session
         attachment._epoch = epoch
+        attachment._watch = watch
         attachment._path = path
         attachment._rules = rules
         attachment.lease = reply.lease
@@ -114,12 +117,31 @@ class Attachment:
         session = self._session
         return self.shared and session is not None and session.host is not None and session.epoch == self._epoch
 
+    @property
+    def fail_stop(self) -> bool:
+        """Whether the bytes die with the host (``cuda-ipc``), so that every use has to be checked."""
+        return self._watch is not None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the bytes went with the host. Never where they outlive it."""
+        return self._watch is not None and self._watch.lost
+
+    def check(self) -> None:
+        """Ask before using the tensors, and again when the device is done with them, before using what came out.
+
+        Raises HostLost where the bytes went with the host. Does nothing where they outlive it.
+        """
+        if self._watch is not None:
+            self._watch.check()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A fresh dict of read-only tensors; loaders may pop from it. A write to a shared tensor kills the process.
 
-        Raises LunashmError after :meth:`close`, ForkedProcess in a forked child.
+        Raises LunashmError after :meth:`close`, ForkedProcess in a forked child, HostLost as :meth:`check`.
         """
         self._check_process()
+        self.check()
         tensors = self._tensors
         if tensors is None:
             raise LunashmError(f"attachment of {self._manifest.name} is closed; attach again")
@@ -131,6 +153,8 @@ class Attachment:
         The tensors whose names begin with ``prefix`` count, without it; they have to be the module's own, as
         ``load_state_dict`` demands. Buffers are copied: layers write to theirs. Raises RuntimeError from
         ``load_state_dict``, LunashmError where the module took copies (I7); the module is not whole after either.
+
+        Where the bytes die with the host, each call of ``module`` asks :meth:`check` first; ask again after the last.
         """
         buffers = {name for name, _ in module.named_buffers()}
         found = {name.removeprefix(prefix): t for name, t in self.state_dict().items() if name.startswith(prefix)}
@@ -144,6 +168,8 @@ class Attachment:
             )
         self._modules = [known for known in self._modules if known() not in (None, module)]
         self._modules.append(weakref.ref(module))
+        if self._watch is not None:
+            module.register_forward_pre_hook(_Guard(module, self._watch))
 
     def apply_lora(
         self,
@@ -178,7 +204,9 @@ class Attachment:
         hasher = blake3()
         for mapping in mappings:
             for start in range(0, mapping.handle.nbytes, _CHECKSUM_NBYTES):
+                self.check()
                 hasher.update(mapping.peek(start, min(_CHECKSUM_NBYTES, mapping.handle.nbytes - start)))
+        self.check()
         return hasher.hexdigest()
 
     def reattached(self, wait_s: float) -> Attachment:
@@ -206,6 +234,21 @@ class Attachment:
                 f"attachment of {self._manifest.name} belongs to pid {self._pid}, not to its forked child; "
                 "attach in the child, or start it with the spawn method"
             )
+
+
+class _Guard:
+    """Asks before each call of a module. A deep copy of the module has weights of its own and is not asked for."""
+
+    def __init__(self, module: torch.nn.Module, watch: HostWatch) -> None:
+        self._module = weakref.ref(module)
+        self._watch = watch
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Guard:
+        return self
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        if module is self._module():
+            self._watch.check()
 
 
 def attach(

@@ -21,13 +21,15 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lunashm import __version__, protocol
 from lunashm.client import handover
 from lunashm.client.connection import REPLY_S, Connection
+from lunashm.client.watch import HostWatch
 from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered, TicketRefused
 from lunashm.manifest import DtypeRule
-from lunashm.memory import Mapping, open_handle
+from lunashm.memory import Mapping, open_handle, rung_of
 from lunashm.paths import Endpoint, find_host
 from lunashm.process import namespace, start_ticks
 from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Reply
@@ -48,10 +50,29 @@ class _Registration:
     epoch: int
     next_renewal: float
     valid: bool = True
+    watch: HostWatch | None = None
 
     @property
     def live(self) -> bool:
         return self.valid and self.connection.alive
+
+    def drop(self, reason: str) -> None:
+        """The host counts us no more. ``reason``: "it ..."."""
+        self.valid = False
+        if self.watch is not None:
+            self.watch.revoke(reason)
+
+
+class Lent(NamedTuple):
+    """What one attach brought: the mapped segments that a lease covers, and the epoch it belongs to.
+
+    ``watch``: what to ask before and after each use of memory that dies with its host; None for any other.
+    """
+
+    reply: Attached
+    mappings: tuple[Mapping, ...]
+    epoch: int
+    watch: HostWatch | None
 
 
 class _Hold:
@@ -122,23 +143,21 @@ class Session:
         """Connect if need be, send, wait. Raises HostUnavailable, HostLost, HostTimeout or what the host answers."""
         return self._registered().connection.request(message, timeout_s)
 
-    def attach(
-        self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
-    ) -> tuple[Attached, tuple[Mapping, ...], int]:
-        """One lease, the mapped segments it covers, and the epoch it belongs to.
+    def attach(self, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> Lent:
+        """One lease and the mapped segments it covers.
 
         Raises what the host answers, what :func:`lunashm.client.handover.redeem` raises, or SegmentGone. The lease
         ends when all the mappings are gone.
         """
         registration, reply = self._lease(path, rules, wait_s)
         try:
-            return reply, self._take(registration, reply), registration.epoch
+            return self._take(registration, reply)
         except (TicketRefused, HostLost) as exc:  # late with the ticket (a long suspend), or a new host: again, once
             if isinstance(exc, HostLost) and not self.host_is_back():
                 raise
             log.info("attaching to %s again: %s", path, exc)
         registration, reply = self._lease(path, rules, wait_s)
-        return reply, self._take(registration, reply), registration.epoch
+        return self._take(registration, reply)
 
     def _lease(
         self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
@@ -148,25 +167,35 @@ class Session:
             reply = self._ask(registration, path, rules, wait_s)
         except (NotRegistered, HostLost) as exc:  # it dropped us (a long suspend, say), or was replaced: again, once
             if isinstance(exc, NotRegistered):
-                registration.valid = False
+                registration.drop("does not know this process")
             elif not self.host_is_back():
                 raise
             registration = self._registered()
             reply = self._ask(registration, path, rules, wait_s)
         return registration, reply
 
-    def _take(self, registration: _Registration, reply: Attached) -> tuple[Mapping, ...]:
+    def _take(self, registration: _Registration, reply: Attached) -> Lent:
         """Map what a lease covers, and tie the lease to it; it is given back if that fails."""
         hold = _Hold()
         weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
         try:
+            watch = self._watched(registration, reply.handles)  # before anything is mapped
             mappings = self._map(registration.host, reply.handles, reply.ticket)
         except BaseException:
             del hold  # now, not when the last traceback goes
             raise
         for mapping in mappings:
             mapping.when_gone(functools.partial(_let_go, hold))
-        return mappings
+        return Lent(reply, mappings, registration.epoch, watch)
+
+    def _watched(self, registration: _Registration, handles: tuple[Handle, ...]) -> HostWatch | None:
+        """Raises HostLost, SegmentGone, or SharedMemoryError where a host that has to be watched cannot be."""
+        if all(rung_of(handle).outlives_host for handle in handles):
+            return None
+        if registration.watch is None:
+            registration.watch = HostWatch(self.endpoint, registration.host)
+        registration.watch.check()
+        return registration.watch
 
     def _ask(
         self, registration: _Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
@@ -258,7 +287,7 @@ class Session:
             reply = None if future.exception() else future.result()
             if isinstance(reply, protocol.ErrorReply) and reply.code == NotRegistered.code:
                 log.warning("the host dropped this client: %s", reply.message)
-                current.valid = False
+                current.drop("dropped this process")
 
         current.connection.submit(protocol.Renew(current.client)).add_done_callback(renewed)
 
@@ -270,14 +299,23 @@ class Session:
                 log.exception("listener failed on %s", type(event).__name__)
 
     def _on_lost(self) -> None:
-        log.warning("host of %s is gone; mapped weights stay usable", self.endpoint.url)
+        """In the connection's thread. A host that was killed sends no farewell, so we tell the listeners."""
+        current = self._current
+        lost = current is not None and current.watch is not None
+        stay = "the GPU memory it lent is gone with it" if lost else "mapped weights stay usable"
+        log.warning("host of %s is gone; %s", self.endpoint.url, stay)
+        if current is not None:
+            self._on_event(protocol.HostStopping(current.host.host_id, "it is gone"))
 
     def close(self) -> None:
-        """Leave the host. Views stay valid; the host takes their leases as ended. A later use connects again."""
+        """Leave the host. It takes our leases as ended; views of memory that outlives it stay valid, of other memory
+        their next use raises HostLost. A later use connects again."""
         if os.getpid() != self._pid:
             return
         current, self._current = self._current, None
         if current is not None:
+            if current.watch is not None:
+                current.watch.revoke("was left by this process")
             current.connection.close(protocol.Unregister(current.client) if current.valid else None)
 
     def _check_process(self) -> None:

@@ -279,7 +279,9 @@ class Server:
 
     def _close(self) -> None:
         log.info("stopping: %s", self._stop_reason or "error")
-        self._guarded(self.service.close, self._stop_reason or "error")
+        self._guarded(self.service.farewell, self._stop_reason or "error")
+        self._lock.withdraw()  # before any memory goes: clients on a rung that dies with us ask this file
+        self._guarded(self.service.close)
         self._loaders.shutdown(wait=True, cancel_futures=True)
         while not self._finished.empty():
             self._guarded(self.service.finish, *self._finished.get())

@@ -210,10 +210,13 @@ class Service:
         """Whether ``tick`` has something to tell soon."""
         return bool(self._loads.jobs)
 
-    def close(self, reason: str) -> None:
-        """Tell everyone and give all memory back. Clients keep what they have mapped."""
+    def farewell(self, reason: str) -> None:
+        """Tell everyone that this host stops, and whoever waits that it waits in vain."""
         self._outbox.publish(p.HostStopping(self.info.host_id, reason))
         self._loads.close(HostLost(f"the host stopped ({reason}) before the model was loaded; start it again"))
+
+    def close(self) -> None:
+        """Give all memory back. Clients keep what they have mapped, where it outlives us."""
         self._arena.close()
 
     def _status(self) -> p.Status:

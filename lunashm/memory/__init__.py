@@ -155,8 +155,12 @@ def rung_for(name: str, device: str) -> Rung:
 
 def open_handle(handle: Handle, descriptor: int | None = None) -> Mapping:
     """Map what a host exported, with the rung the handle names. Raises as :meth:`Rung.open`."""
+    return rung_of(handle).open(handle, descriptor)
+
+
+def rung_of(handle: Handle) -> Rung:
+    """The rung that a handle names. Raises SegmentGone for one that this version does not have, WrongDevice."""
     try:
-        rung = rung_for(handle.rung, handle.device)
+        return rung_for(handle.rung, handle.device)
     except SettingsError as exc:
         raise SegmentGone(f"the host exports memory this client cannot open: {exc.message}") from exc
-    return rung.open(handle, descriptor)

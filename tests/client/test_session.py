@@ -130,7 +130,7 @@ def test_client_that_was_dropped_registers_anew_over_the_same_wire(
     session.attach(str(path), AS_STORED, 60.0)
     wire = session._current.connection
     drop(hosting, session)
-    _, _, epoch = session.attach(str(path), AS_STORED, 60.0)
+    epoch = session.attach(str(path), AS_STORED, 60.0).epoch
     assert epoch == session.epoch == 2
     assert session._current.connection is wire
     assert status(hosting).clients == 1
@@ -160,7 +160,7 @@ def test_client_that_is_refused_twice_gives_up(
 
 
 def test_lease_lives_exactly_as_long_as_its_mapping(hosting: Hosting, session: Session, path: Path) -> None:
-    _, buffers, _ = session.attach(str(path), AS_STORED, 60.0)
+    _, buffers, _, _ = session.attach(str(path), AS_STORED, 60.0)
     view = memoryview(buffers[0])
     del buffers
     gc.collect()
@@ -274,7 +274,7 @@ def test_attach_takes_one_request_and_one_reply_however_many_tensors(
     replies: list[p.Reply] = []
     read = p.read_reply
     monkeypatch.setattr(p, "read_reply", lambda body: replies.append(read(body)) or replies[-1])
-    reply, buffers, _ = session.attach(str(path), AS_STORED, 60.0)
+    reply, buffers, _, _ = session.attach(str(path), AS_STORED, 60.0)
     assert len(reply.manifest.tensors) == count
     assert len(buffers) == 1
     assert [type(r) for r in replies] == [p.Attached]

@@ -571,7 +571,8 @@ def test_shutdown_is_answered_before_the_host_ends(bench: Bench) -> None:
 def test_closing_host_tells_everyone_and_gives_everything_back(bench: Bench) -> None:
     bench.attach(bench.client(), bench.file("a.safetensors"))
     number = bench.send(p.Load(bench.file("b.safetensors", seed=1), AS_STORED, 60.0))
-    bench.service.close("signal SIGTERM")
+    bench.service.farewell("signal SIGTERM")
+    bench.service.close()
     reply = bench.answer(number)
     assert isinstance(reply, p.ErrorReply)
     assert reply.code == "host_lost"
@@ -588,7 +589,8 @@ def test_root_that_no_message_can_name_is_a_settings_error(tmp_path: Path) -> No
 def test_every_answer_and_event_can_be_sent(bench: Bench) -> None:
     bench.attach(bench.client(), bench.file())
     bench.ask(p.Unload("m.safetensors", True), p.Unloaded)
-    bench.service.close("done")
+    bench.service.farewell("done")
+    bench.service.close()
     for message in [*bench.outbox.events, *(reply for _, _, reply in bench.outbox.replies)]:
         try:
             p.pack(message, 1)
