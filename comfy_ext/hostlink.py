@@ -36,7 +36,7 @@ def session() -> Session:
     """Raises HostUnavailable where sharing cannot work, before anything is built."""
     device = comfy.model_management.get_torch_device()
     if device.type != "cpu":
-        raise HostUnavailable(f"this ComfyUI runs on {device}, and this version of lunashm shares CPU memory only")
+        raise HostUnavailable(f"this ComfyUI runs on {device}, and this version shares CPU memory with ComfyUI only")
     if _flag("force_channels_last"):
         raise HostUnavailable("--force-channels-last rearranges weights in memory, which shared ones cannot be")
     found = session_for(endpoint(), kind="comfyui", label=_label())

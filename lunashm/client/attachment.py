@@ -17,7 +17,7 @@ from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session, session_for
 from lunashm.client.watch import HostWatch
-from lunashm.endpoints import endpoint_of
+from lunashm.endpoints import canonical, describe, endpoint_of
 from lunashm.errors import (
     ForkedProcess,
     InvalidCheckpoint,
@@ -26,9 +26,11 @@ from lunashm.errors import (
     PathNotAllowed,
     SettingsError,
     SourceChanged,
+    WrongDevice,
 )
 from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
 from lunashm.memory import Mapping
+from lunashm.protocol import HostInfo
 from lunashm.settings import Fallback
 from lunashm.views import dtype_name, state_dict, torch_dtype
 
@@ -269,13 +271,15 @@ def attach(
     ModelNotReady, or ``local``: take a private copy, also if there is no host. The rest come from the settings.
 
     Raises HostUnavailable, HostLost, HostTimeout, LoadTimeout, ModelNotReady, PathNotAllowed, UnsupportedFormat,
-    InvalidCheckpoint, OutOfSharedMemory, SettingsError.
+    InvalidCheckpoint, OutOfSharedMemory, WrongDevice, SettingsError.
     """
     chosen = settings_module.load({"fallback": fallback, "wait_s": wait_s, "endpoint": endpoint, "device": device})
     rules = rules_of(dtypes)
     named = os.path.abspath(os.fsdecode(path))
     try:
         session = session_for(endpoint_of(chosen), kind=kind, label=label)
+        if chosen.endpoint and chosen.device != settings_module.Settings().device:
+            _refuse_other_device(session.connect(), chosen.device)
         return Attachment.open(session, named, rules, chosen.wait_s if chosen.fallback == "wait" else 0.0)
     except SettingsError:
         raise
@@ -319,6 +323,16 @@ def local_copy(path: str, rules: tuple[DtypeRule, ...], why: LunashmError) -> At
     attachment = Attachment(Manifest(Path(path).name, "", 0, source, rules, tuple(specs), (), metadata), tensors)
     attachment.reason = "still loading in the host" if isinstance(why, ModelNotReady) else why.message
     return attachment
+
+
+def _refuse_other_device(host: HostInfo, device: str) -> None:
+    """An endpoint and a device were named: the host there has to be that device's. Raises WrongDevice."""
+    ours = canonical(device)
+    if host.device != ours:
+        raise WrongDevice(
+            f"the host at {host.endpoint} lends memory of {host.device_name} ({host.device}), and {device} is "
+            f"{describe(ours)} ({ours}) in this process; leave out the endpoint, or name the host's device"
+        )
 
 
 def _refuse_other_file(path: str, manifest: Manifest) -> None:
