@@ -13,16 +13,17 @@ from blake3 import blake3
 
 from lunashm.errors import LoadCancelled, ModelNotFound, OutOfSharedMemory, SourceChanged
 from lunashm.host import checkpoint, loader
-from lunashm.host.loader import PIECE_NBYTES, LoadedSegment, plan
+from lunashm.host.loader import LoadedSegment, plan
+from lunashm.host.pace import RAM_BLOCK_NBYTES
 from lunashm.manifest import ALIGNMENT, CONVERTIBLE, ITEMSIZE, DtypeRule, Manifest, check_rules
 from lunashm.views import DTYPES, state_dict
 from tests import checkpoints
 from tests.fakes import HeapRung
 
 EVERY_DTYPE = {f"{dtype}.{rank}": (dtype, (3, 5, 7)[:rank]) for dtype in ITEMSIZE for rank in range(3)}
-LARGE = {"a": ("F16", (3, PIECE_NBYTES // 4)), "b": ("U8", (1,)), "c": ("F32", (PIECE_NBYTES // 2 + 1,))}
+LARGE = {"a": ("F16", (3, RAM_BLOCK_NBYTES // 4)), "b": ("U8", (1,)), "c": ("F32", (RAM_BLOCK_NBYTES // 2 + 1,))}
 
-MANY_PIECES = {f"t{n}": ("U8", (PIECE_NBYTES,)) for n in range(20)}
+MANY_PIECES = {f"t{n}": ("U8", (RAM_BLOCK_NBYTES,)) for n in range(20)}
 """More than the ring holds: the reader cannot have ended when the first piece is digested."""
 
 
@@ -89,7 +90,7 @@ def test_tensors_are_packed_in_file_order_at_aligned_offsets(path: Path) -> None
 
 @pytest.mark.parametrize("target", sorted(CONVERTIBLE))
 def test_variant_is_what_torchs_own_conversion_gives(path: Path, rung: HeapRung, target: str) -> None:
-    tensors = {f"{source}": (source, (PIECE_NBYTES // 8 + 3, 3)) for source in sorted(CONVERTIBLE)}
+    tensors = {f"{source}": (source, (RAM_BLOCK_NBYTES // 8 + 3, 3)) for source in sorted(CONVERTIBLE)}
     tensors["ids"] = ("I64", (4,))
     checkpoints.write(path, tensors)
     _, stored = load(path, rung)
@@ -112,7 +113,7 @@ def test_progress_counts_every_byte_of_the_file(path: Path, rung: HeapRung) -> N
     found, seen = checkpoint.read(path), []
     loader.load(found, plan(found, ()), rung, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (found.source.size, found.source.size)
-    assert all(later[0] - earlier[0] <= PIECE_NBYTES for earlier, later in pairwise(seen))
+    assert all(later[0] - earlier[0] <= RAM_BLOCK_NBYTES for earlier, later in pairwise(seen))
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_file_that_is_cut_while_it_is_loaded_is_refused(path: Path, rung: HeapRu
     checkpoints.write(path, MANY_PIECES)
     found = checkpoint.read(path)
     with pytest.raises(SourceChanged, match="cut"):
-        loader.load(found, plan(found, ()), rung, lambda done, total: os.truncate(path, PIECE_NBYTES))
+        loader.load(found, plan(found, ()), rung, lambda done, total: os.truncate(path, RAM_BLOCK_NBYTES))
 
 
 def test_file_that_vanished_is_not_found(path: Path, rung: HeapRung) -> None:
