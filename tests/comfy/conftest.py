@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 class Host:
     """``lunashm serve`` with a runtime directory of its own."""
 
-    def __init__(self, runtime: Path, roots: list[Path]) -> None:
+    def __init__(self, runtime: Path, roots: list[Path], memory: str = "auto") -> None:
         self.runtime = runtime
-        self._roots = [argument for root in roots for argument in ("--root", str(root))]
+        self._flags = ["--memory", memory, *(argument for root in roots for argument in ("--root", str(root)))]
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -44,7 +44,7 @@ class Host:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lunashm", "serve", "--json", *self._roots],
+            [sys.executable, "-m", "lunashm", "serve", "--json", *self._flags],
             env=os.environ | self.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
@@ -82,8 +82,8 @@ class Host:
 
 
 @contextmanager
-def running_host(runtime: Path, roots: list[Path]) -> Iterator[Host]:
-    host = Host(runtime, roots)
+def running_host(runtime: Path, roots: list[Path], memory: str = "auto") -> Iterator[Host]:
+    host = Host(runtime, roots, memory)
     host.start()
     try:
         yield host

@@ -61,6 +61,23 @@ def test_killed_host_is_survived_and_the_next_one_is_used(
     assert [(model["name"], model["clients"]) for model in own_host.models()] == [(SD15, 1)]
 
 
+def test_sealed_memory_without_a_name_draws_the_same_and_outlives_its_host(
+    models: Path, tmp_path: Path, stock: ComfyServer
+) -> None:
+    """As in a container with a small /dev/shm."""
+    first, second, third = (txt2img_checkpoint(SD15, seed=seed) for seed in (1, 2, 3))
+    with running_host(tmp_path, [models], memory="memfd") as host, shared_server(models, host.environment) as server:
+        assert server.render(first) == stock.render(first)
+        model = host.models()[0]
+        assert (model["rung"], model["clients"]) == ("memfd", 1)
+        host.kill()
+        assert server.render(second) == stock.render(second)
+        host.start()
+        host.ask("load", model["path"], *(f"--dtype={prefix}={dtype}" for prefix, dtype in model["rules"]))
+        assert server.render(third) == stock.render(third)
+        assert f"re-attached {SD15}" in server.log_text()
+
+
 def test_a_prompt_does_not_wait_for_a_new_host_that_is_still_loading(server: ComfyServer, own_host: Host) -> None:
     server.render(txt2img_checkpoint(SD15))
     own_host.kill()
