@@ -11,19 +11,20 @@ from math import prod
 import torch
 
 from lunashm.errors import SharedMemoryError
-from lunashm.memory import Mapping
+from lunashm.memory.cuda_device import device_of
+from lunashm.memory.device import DeviceMapping
 
 
-def tensor_at(mapping: Mapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def tensor_at(mapping: DeviceMapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor with a storage of its own, exactly its size, over ``mapping`` from ``offset`` bytes on.
 
     Raises SharedMemoryError where torch would copy.
     """
     nbytes = prod(shape) * dtype.itemsize
-    piece = mapping.at(offset, nbytes)  # type: ignore[attr-defined] # a DeviceMapping: every mapping on a GPU is one
-    device = torch.device("cuda", piece.ordinal)
+    device = torch.device("cuda", device_of(mapping.handle.device).gpu.ordinal)  # torch numbers as the driver does
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
+    piece = mapping.at(offset, nbytes)
     tensor = torch.as_tensor(piece, device=device)  # |u1; torch keeps ``piece``, and that keeps the mapping
     if tensor.data_ptr() != piece.pointer:
         raise SharedMemoryError(

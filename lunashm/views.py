@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import Buffer
 
+from lunashm.cuda_views import tensor_at
 from lunashm.errors import UnsupportedFormat
 from lunashm.manifest import Manifest, TensorSpec
-from lunashm.memory import CPU, Mapping
+from lunashm.memory import Mapping
+from lunashm.memory.device import DeviceMapping
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -65,9 +67,7 @@ def state_dict(manifest: Manifest, mappings: Sequence[Mapping]) -> dict[str, tor
 
 def _view(spec: TensorSpec, mapping: Mapping) -> torch.Tensor:
     dtype = torch_dtype(spec.dtype)
-    if mapping.handle.device != CPU:
-        from lunashm.cuda_views import tensor_at  # noqa: PLC0415 - not without a GPU
-
+    if isinstance(mapping, DeviceMapping):
         return tensor_at(mapping, spec.offset, dtype, spec.shape)
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)

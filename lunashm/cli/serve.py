@@ -11,9 +11,8 @@ import typer
 
 from lunashm import settings
 from lunashm.cli.output import AsJson, Output, clean
-from lunashm.endpoints import canonical, describe
 from lunashm.errors import SettingsError
-from lunashm.memory import probe
+from lunashm.memory import cuda, probe
 from lunashm.memory.probe import Choice
 from lunashm.paths import Endpoint
 from lunashm.protocol import HostInfo
@@ -50,7 +49,7 @@ def serve(
         }
     )  # fmt: skip
     roots = existing_roots(chosen.roots)
-    device = canonical(chosen.device)
+    device = cuda.resolve(chosen.device)
     address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(device)
     logging.basicConfig(
         level=chosen.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
@@ -80,9 +79,9 @@ def choose_rung(memory: str, device: str) -> Choice:
     choice = probe.choose(memory, device)
     for verdict in choice.verdicts:
         level = logging.WARNING if verdict.tried and not verdict.works else logging.INFO
-        log.log(level, "memory on %s: %s", describe(device), verdict)
+        log.log(level, "memory on %s: %s", cuda.describe(device), verdict)
     if choice.fallback:
-        log.warning("memory on %s: sharing by %s, because %s", describe(device), choice.rung.name, choice.fallback)
+        log.warning("memory on %s: sharing by %s, because %s", cuda.describe(device), choice.rung.name, choice.fallback)
     return choice
 
 
@@ -94,7 +93,7 @@ def _serve(
     choice = choose_rung(chosen.memory, device)
     server = Server(
         rung=choice.rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s,
-        device_name=describe(device), rung_reason=choice.fallback,
+        device_name=cuda.describe(device), rung_reason=choice.fallback,
     )  # fmt: skip
 
     def ready(info: HostInfo) -> None:

@@ -17,7 +17,7 @@ from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session, session_for
 from lunashm.client.watch import HostWatch
-from lunashm.endpoints import canonical, describe, endpoint_of
+from lunashm.endpoints import endpoint_of
 from lunashm.errors import (
     ForkedProcess,
     InvalidCheckpoint,
@@ -29,7 +29,7 @@ from lunashm.errors import (
     WrongDevice,
 )
 from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
-from lunashm.memory import Mapping
+from lunashm.memory import Mapping, cuda
 from lunashm.protocol import HostInfo
 from lunashm.settings import Fallback
 from lunashm.views import dtype_name, state_dict, torch_dtype
@@ -327,11 +327,11 @@ def local_copy(path: str, rules: tuple[DtypeRule, ...], why: LunashmError) -> At
 
 def _refuse_other_device(host: HostInfo, device: str) -> None:
     """An endpoint and a device were named: the host there has to be that device's. Raises WrongDevice."""
-    ours = canonical(device)
+    ours = cuda.resolve(device)
     if host.device != ours:
         raise WrongDevice(
             f"the host at {host.endpoint} lends memory of {host.device_name} ({host.device}), and {device} is "
-            f"{describe(ours)} ({ours}) in this process; leave out the endpoint, or name the host's device"
+            f"{cuda.describe(ours)} ({ours}) in this process; leave out the endpoint, or name the host's device"
         )
 
 

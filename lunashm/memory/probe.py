@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lunashm.errors import LunashmError, SettingsError, SharedMemoryError, from_code
-from lunashm.memory import CPU, ON_CPU, ON_GPU, Rung, Segment, open_handle, ram, rung_for
+from lunashm.memory import CPU, ON_CPU, ON_GPU, Rung, Segment, cuda, open_handle, ram, rung_for
 from lunashm.memory.posix import shm_total
 from lunashm.protocol import Handle
 
@@ -177,8 +177,6 @@ def _suspicion(device: str) -> str:
 
 
 def _suspects(device: str) -> Iterable[str]:
-    from lunashm.memory import cuda  # noqa: PLC0415 - only where there is a GPU to ask about
-
     with contextlib.suppress(OSError), open("/proc/sys/kernel/osrelease") as release:
         if "microsoft" in release.read().lower():
             yield "this is WSL2, which has no CUDA IPC"
@@ -186,7 +184,7 @@ def _suspects(device: str) -> Iterable[str]:
         for gpu in cuda.devices():
             if gpu.uuid == device and gpu.mig:
                 yield "this is a MIG instance, between whose processes legacy CUDA IPC does not work"
-            if gpu.uuid == device and gpu.exclusive:
+            if gpu.uuid == device and gpu.compute_mode == "exclusive-process":
                 yield "its compute mode lets one process use it at a time: nvidia-smi -c DEFAULT"
 
 
