@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -73,9 +74,22 @@ def _is_orphan(path: Path) -> bool:
 @pytest.fixture(scope="session")
 def common_host() -> Iterator[HostProcess]:
     """One host process for all tests that need some host and leave it as they found it; it takes seconds to start."""
+    with _common_host("posix") as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def common_memfd_host() -> Iterator[HostProcess]:
+    """Another one, whose memory has no name: its descriptors are handed over."""
+    with _common_host("memfd") as host:
+        yield host
+
+
+@contextlib.contextmanager
+def _common_host(rung: str) -> Iterator[HostProcess]:
     runtime = Path(tempfile.mkdtemp(prefix="lunashm-test-"))
     (runtime / "models").mkdir()
-    with started(runtime, runtime / "models") as host:
+    with started(runtime, runtime / "models", rung=rung) as host:
         yield host
         assert host.status().counters.get("error.internal", 0) == 0, host.log()
     assert "Traceback" not in host.log()
@@ -85,8 +99,14 @@ def common_host() -> Iterator[HostProcess]:
 @pytest.fixture
 def host(common_host: HostProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostProcess]:
     """The common host; whatever a test loads into it is unloaded afterwards."""
+    with lent(common_host, monkeypatch):
+        yield common_host
+
+
+@contextlib.contextmanager
+def lent(common_host: HostProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LUNASHM_RUNTIME_DIR", str(common_host.runtime))
-    yield common_host
+    yield
     gc.collect()
     common_host.empty()
 

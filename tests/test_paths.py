@@ -54,7 +54,9 @@ def test_endpoint_of_a_device_lies_in_the_runtime_directory(runtime: Path) -> No
     endpoint = Endpoint.for_device("GPU-1/../x")
     assert endpoint.url == f"ipc://{runtime}/GPU-1____x.sock"
     assert endpoint.events == f"ipc://{runtime}/GPU-1____x.events.sock"
+    assert endpoint.fds_path == runtime / "GPU-1____x.fds.sock"
     assert endpoint.lock_path == runtime / "GPU-1____x.lock"
+    assert endpoint.socket_paths == (endpoint.socket_path, endpoint.events_path, endpoint.fds_path)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,8 @@ def test_endpoint_that_is_no_absolute_ipc_path_is_refused(url: str) -> None:
 
 
 def test_path_too_long_for_a_socket_is_refused_with_the_sizes() -> None:
-    Endpoint.parse("ipc:///" + "a" * 94)
+    longest = Endpoint.parse("ipc:///" + "a" * 94)
+    assert max(len(str(path)) for path in longest.socket_paths) == 107
     with pytest.raises(SettingsError, match="108 bytes, Unix sockets allow 107"):
         Endpoint.parse("ipc:///" + "a" * 95)
 

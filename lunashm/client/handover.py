@@ -165,7 +165,7 @@ def _ours(exc: OSError, endpoint: Endpoint, timeout_s: float) -> LunashmError:
             f"the host at {endpoint.url} did not hand descriptors over within {timeout_s:g} s; is it stopped or "
             "swapping? (lunashm status)"
         )
-    if isinstance(exc, ConnectionError):
+    if isinstance(exc, ConnectionResetError | BrokenPipeError):
         return _hung_up(endpoint)
     return HostUnavailable(
         f"cannot fetch descriptors from {endpoint.fds_path}: {exc.strerror}; the host lives, but not there: restart it"

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lunashm import __version__, protocol
-from lunashm.client import handover
 from lunashm.client.connection import REPLY_S, Connection
+from lunashm.client.mappings import Mappings
 from lunashm.client.watch import HostWatch
 from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered, TicketRefused
 from lunashm.manifest import DtypeRule
-from lunashm.memory import Mapping, open_handle, rung_of
+from lunashm.memory import Mapping, rung_of
 from lunashm.paths import Endpoint, find_host
 from lunashm.process import namespace, start_ticks
 from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Reply
@@ -95,8 +95,7 @@ class Session:
         self._connecting = threading.Lock()
         self._current: _Registration | None = None
         self._epoch = 0
-        self._opening = threading.Lock()
-        self._mappings: weakref.WeakValueDictionary[tuple[str, str, bytes], Mapping] = weakref.WeakValueDictionary()
+        self._mappings = Mappings(endpoint)
         self._listeners: list[Listener] = []
         atexit.register(self.close)
 
@@ -159,9 +158,7 @@ class Session:
         registration, reply = self._lease(path, rules, wait_s)
         return self._take(registration, reply)
 
-    def _lease(
-        self, path: str, rules: tuple[DtypeRule, ...], wait_s: float
-    ) -> tuple[_Registration, Attached]:
+    def _lease(self, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> tuple[_Registration, Attached]:
         registration = self._registered()
         try:
             reply = self._ask(registration, path, rules, wait_s)
@@ -180,7 +177,7 @@ class Session:
         weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
         try:
             watch = self._watched(registration, reply.handles)  # before anything is mapped
-            mappings = self._map(registration.host, reply.handles, reply.ticket)
+            mappings = self._mappings.open(registration.host.host_id, reply.handles, reply.ticket)
         except BaseException:
             del hold  # now, not when the last traceback goes
             raise
@@ -209,23 +206,6 @@ class Session:
         if not isinstance(reply, Attached):
             raise LunashmError(f"the host answered Attach with {type(reply).__name__}")
         return reply
-
-    def _map(self, host: HostInfo, handles: tuple[Handle, ...], ticket: bytes) -> tuple[Mapping, ...]:
-        """The one mapping this process has of each segment. Descriptors are fetched only for what is not mapped yet."""
-        keys = [(host.host_id, handle.rung, handle.data) for handle in handles]
-        with self._opening:
-            found = [self._mappings.get(key) for key in keys]
-            if all(mapping is not None for mapping in found):
-                ticket = b""
-            try:
-                with handover.borrowed(self.endpoint, ticket, len(handles)) as descriptors:
-                    for number, key in enumerate(keys):
-                        if found[number] is None:
-                            found[number] = self._mappings[key] = open_handle(handles[number], descriptors[number])
-            except BaseException:
-                found.clear()  # now, not when the last traceback goes
-                raise
-        return tuple(mapping for mapping in found if mapping is not None)
 
     def _release(self, registration: _Registration, lease: int) -> None:
         """The last view of a model died, or its attach was given up. Leaves a note for the connection's thread."""

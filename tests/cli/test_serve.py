@@ -7,12 +7,14 @@ import os
 import signal
 
 import pytest
+from safetensors.torch import load_file
 
+import lunashm.client
 from lunashm.cli import control, exits
 from lunashm.paths import Endpoint, HostLock
 from lunashm.protocol import HostInfo
 
-from .conftest import Program
+from .conftest import Program, checkpoint
 
 SERVE = ["-m", "lunashm", "serve"]
 
@@ -83,3 +85,42 @@ def test_stop_gives_up_at_its_deadline(runtime):
     finally:
         lock.release()
     assert control._gone(endpoint, info, None, deadline=0.0)
+
+
+OUTLIVE = """
+import sys, lunashm.client
+with lunashm.client.attach(sys.argv[1]) as model:
+    before = model.checksum()
+    print(before, flush=True)
+    while model.attached:
+        pass
+    print(model.checksum() == before, flush=True)
+    sys.stdin.readline()
+    with model.reattached(30.0) as again:
+        print(again.attached and again.checksum() == before, flush=True)
+"""
+
+
+def test_memory_without_a_name_is_served_and_outlives_its_host(cli, runtime, tmp_path):
+    serve = [*SERVE, "--root", str(tmp_path), "--json", "--memory", "memfd"]
+    path = checkpoint(tmp_path / "m.safetensors")
+    host = Program(serve, runtime).start()
+    assert json.loads(host.ready)["rung"] == "memfd"
+    assert cli("load", path, "--json").json["model"]["rung"] == "memfd"
+    with lunashm.client.attach(path) as model:
+        own = model.checksum()
+        assert {name: t.flatten().tolist() for name, t in model.state_dict().items()} == {
+            name: t.flatten().tolist() for name, t in load_file(path).items()
+        }
+    client = Program(["-c", OUTLIVE, str(path)], runtime).start()
+    assert client.ready.strip() == own
+    host.end(signal.SIGKILL)
+    assert client.process.stdout.readline().strip() == "True", client.log.read_text()
+    host = Program(serve, runtime).start()
+    client.process.stdin.write("\n")
+    client.process.stdin.flush()
+    assert client.process.stdout.readline().strip() == "True", client.log.read_text()
+    assert client.process.wait(20) == 0
+    client.end()
+    assert host.end() == 0
+    lunashm.client.session_for(Endpoint.for_device("cpu")).close()

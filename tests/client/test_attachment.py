@@ -26,7 +26,7 @@ from lunashm.errors import (
     UnsupportedFormat,
 )
 from lunashm.manifest import PRIVATE, DtypeRule, TensorSpec
-from lunashm.memory.posix import PosixRung
+from lunashm.memory import ON_CPU, rung_for
 from tests import checkpoints
 from tests.client.test_session import leases
 from tests.hosting import Hosting
@@ -169,16 +169,17 @@ def test_model_that_is_unloaded_stays_usable(hosting: Hosting, path: Path) -> No
 # -- reattaching -------------------------------------------------------------------------------------------------------
 
 
-def test_reattaching_gives_the_same_bytes_from_the_new_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rung", ON_CPU)
+def test_reattaching_gives_the_same_bytes_from_the_new_host(tmp_path: Path, rung: str) -> None:
     path = tmp_path / "m.safetensors"
     checkpoints.write(path)
-    first, second = (Hosting(tmp_path, rung=PosixRung()) for _ in range(2))
+    first, second = (Hosting(tmp_path, rung=rung_for(rung, "cpu")) for _ in range(2))
     first.start()
     model = attach(path)
     checksum = model.checksum()
     first.stop()
     second.start()
-    assert model.checksum() == checksum  # POSIX memory outlives its host
+    assert model.checksum() == checksum  # memory of these rungs outlives its host
     again = model.reattached(10.0)
     assert not model.attached
     assert (again.attached, again.checksum()) == (True, checksum)

@@ -27,16 +27,15 @@ say(model.checksum())
 """
 
 
-class Program:
-    """Attached when it is started; ``checksum`` is what it saw then."""
+class Child:
+    """A process that runs ``script`` with ``arguments``."""
 
-    def __init__(self, host: HostProcess, path: Path, script: str) -> None:
-        environment = os.environ | {"LUNASHM_RUNTIME_DIR": str(host.runtime), "PYTHONPATH": str(ROOT)}
+    def __init__(self, runtime: Path, script: str, *arguments: str) -> None:
+        environment = os.environ | {"LUNASHM_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + script, str(path)], env=environment, text=True,
+            [sys.executable, "-c", script, *arguments], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        self.checksum: str = self.hear()
 
     def hear(self) -> Any:
         """The next thing it says."""
@@ -56,11 +55,32 @@ class Program:
         return self.process.returncode
 
 
+class Program(Child):
+    """Attached when it is started; ``checksum`` is what it saw then."""
+
+    def __init__(self, host: HostProcess, path: Path, script: str) -> None:
+        super().__init__(host.runtime, PRELUDE + script, str(path))
+        self.checksum: str = self.hear()
+
+
 @contextlib.contextmanager
 def program(host: HostProcess, path: Path, script: str) -> Iterator[Program]:
     running = Program(host, path, script)
-    try:
+    with _ended(running):
         yield running
+
+
+@contextlib.contextmanager
+def child(runtime: Path, script: str, *arguments: str) -> Iterator[Child]:
+    running = Child(runtime, script, *arguments)
+    with _ended(running):
+        yield running
+
+
+@contextlib.contextmanager
+def _ended(running: Child) -> Iterator[None]:
+    try:
+        yield
     finally:
         running.process.kill()
         running.process.communicate()

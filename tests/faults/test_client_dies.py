@@ -5,15 +5,26 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from lunashm import protocol as p
 from lunashm.client import attach
 from tests import checkpoints
+from tests.conftest import lent
 from tests.faults.programs import program
 from tests.host_process import HostProcess
 from tests.waiting import until
+
+
+@pytest.fixture(params=["common_host", "common_memfd_host"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostProcess]:
+    """On memory with a name, and on memory whose descriptors are handed over."""
+    host = request.getfixturevalue(request.param)
+    with lent(host, monkeypatch):
+        yield host
+
 
 HOLD = "sys.stdin.read()\n"
 

@@ -73,7 +73,7 @@ def test_host_is_found_while_it_runs_and_leaves_no_socket(tmp_path: Path, runtim
 
 
 def test_sockets_are_for_their_user_alone(hosting: Hosting, runtime: Path) -> None:
-    for name in ("cpu.sock", "cpu.events.sock", "cpu.lock"):
+    for name in ("cpu.sock", "cpu.events.sock", "cpu.fds.sock", "cpu.lock"):
         assert stat.S_IMODE((runtime / name).stat().st_mode) == 0o600
 
 
