@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -234,6 +235,30 @@ def test_right_answer_of_the_same_peer_is_taken(endpoint: Endpoint) -> None:
     assert open_files() == before + 9
     assert {fcntl.fcntl(fd, fcntl.F_GETFD) for fd in descriptors} == {fcntl.FD_CLOEXEC}
     handover.close_all(descriptors)
+
+
+def test_refusal_by_a_host_that_hung_up_unheard_is_read_all_the_same(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not read when the host closes makes the kernel report a reset, before what the host said."""
+    take, closed = handover._take, threading.Event()
+    monkeypatch.setattr(handover, "_take", lambda *arguments: closed.wait(10) and take(*arguments))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(endpoint.fds_path))
+        listener.listen()
+
+        def refuse() -> None:
+            peer, _ = listener.accept()
+            select.select([peer], [], [], 10)
+            sending(p.pack_datagram(p.ErrorReply("ticket_refused", "not you"), 0))(peer)
+            peer.close()
+            closed.set()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        with pytest.raises(errors.TicketRefused, match="not you"):
+            handover.redeem(endpoint, b"ticket")
+        thread.join()
 
 
 def test_host_that_does_not_answer_is_given_up_in_time(endpoint: Endpoint) -> None:
