@@ -59,7 +59,7 @@ def test_many_segments_are_attached_with_one_ticket(
 ) -> None:
     hosting.server.service._arena.add(generation_of_many(hosting.rung, path, MANY))
     before = open_files(), mapped()
-    reply, mappings, _ = session.attach(str(path), AS_STORED, 60.0)
+    reply, mappings, _, _ = session.attach(str(path), AS_STORED, 60.0)
     assert [int.from_bytes(mapping.peek(0, 4), "little") for mapping in mappings] == list(range(MANY))
     assert redeemed == [reply.ticket]
     assert mapped() == before[1] + MANY
@@ -82,7 +82,7 @@ def test_hundred_attachments_leave_nothing(hosting: Hosting, session: Session, p
     until(lambda: leases(hosting) == 0, "the first lease ends")
     before = open_files(), mapped()  # the host's are among them: it is a thread of this process
     for _ in range(100):
-        reply, mappings, _ = session.attach(str(path), AS_STORED, 60.0)
+        reply, mappings, _, _ = session.attach(str(path), AS_STORED, 60.0)
         assert reply.ticket
         del mappings
     until(lambda: leases(hosting) == 0, "all leases end")

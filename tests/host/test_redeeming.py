@@ -20,7 +20,7 @@ from tests.messages import CLIENT
 def bench(tmp_path: Path) -> Bench:
     bench = Bench(tmp_path, rung=MemfdRung())  # type: ignore[arg-type] - real memory in place of the fake
     yield bench
-    bench.service.close("test ends")
+    bench.service.close()
 
 
 def test_memory_that_handles_name_needs_no_ticket(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ ENDS: dict[str, Callable[[Bench, str, p.Attached], object]] = {
     "died": lambda bench, client, reply: bench.service.drop_client(client, "process ended"),
     "too late": lambda bench, client, reply: (bench.clock.advance(TICKET_S + 1), bench.service.tick()),
     "used": lambda bench, client, reply: bench.service.redeem(reply.ticket, CLIENT.pid),
-    "host stops": lambda bench, client, reply: bench.service.close("stop"),
+    "host stops": lambda bench, client, reply: bench.service.close(),
 }
 
 
