@@ -55,9 +55,9 @@ def find(uuid: str, gpus: Sequence[Gpu]) -> Gpu:
     for gpu in gpus:
         if gpu.uuid == uuid:
             return gpu
+    sees = f"only {listing(gpus)}" if gpus else "no GPU"
     raise WrongDevice(
-        f"the host's memory is on {uuid}; this process sees only {listing(gpus)}; "
-        f"start it with CUDA_VISIBLE_DEVICES={uuid}"
+        f"the host's memory is on {uuid}; this process sees {sees}; start it with CUDA_VISIBLE_DEVICES={uuid}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A Python process on the stand-in, told what to run. Values and errors come back; descriptors go to it."""
+"""A Python process on the stand-in, told what to run. Values and errors come back; descriptors go both ways."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Process:
     """``with Process(CUDA_VISIBLE_DEVICES="1") as client: client("x = 1"); client("x + 1")``"""
 
     def __init__(self, **variables: str | None) -> None:
+        self.received: list[int] = []
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-c", _CHILD.format(fd=theirs.fileno())]
@@ -44,11 +45,12 @@ class Process:
         """Run ``code`` where what it defined before is still there, with ``values`` as further names; returns the
         value of its last line, if that is an expression. ``logged`` is there, too: messages of warnings and errors.
 
-        Raises what it raises, or Died. ``fds`` are there as a list of that name, until the call ends.
+        Raises what it raises, or Died. ``fds`` are there as a list of that name, until the call ends; duplicates of what
+        it puts into the list ``lent`` are ``received`` here, and the caller's to close.
         """
         try:
             socket.send_fds(self._socket, [pickle.dumps((code, values))], fds)
-            answer = self._socket.recv(_MAX_BYTES)
+            answer, self.received, _, _ = socket.recv_fds(self._socket, _MAX_BYTES, 8)
         except ConnectionError:
             answer = b""
         if not answer:
@@ -58,6 +60,17 @@ class Process:
             raise error
         return value
 
+    @property
+    def returncode(self) -> int | None:
+        """How it ended."""
+        return self._child.poll()
+
+    def close(self) -> None:
+        """Have it end by itself."""
+        self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(20)
+
     def kill(self) -> None:
         self._child.kill()
         self._child.wait()
@@ -66,9 +79,7 @@ class Process:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()  # the child's end of input
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(20)
+        self.close()
         self.kill()
 
 
@@ -82,7 +93,7 @@ def serve(fd: int) -> None:
             if not message:
                 return
             code, values = pickle.loads(message)
-            names |= {**values, "fds": fds}
+            names |= {**values, "fds": fds, "lent": []}
             try:
                 answer = (_run(code, names), None)
             except Exception as exc:  # noqa: BLE001 - the caller's, whatever it is
@@ -90,7 +101,7 @@ def serve(fd: int) -> None:
                 answer = (None, exc)
             for received in fds:
                 os.close(received)
-            wire.send(pickle.dumps(answer))
+            socket.send_fds(wire, [pickle.dumps(answer)], names["lent"])
 
 
 def _listen() -> list[str]:
