@@ -7,7 +7,6 @@ converting where a rule asks for it; the caller's thread digests the same buffer
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -109,13 +108,9 @@ def _stream(
             done += block.nbytes
             progress(done, source.size)
 
-        try:
-            file.refuse_change()
-            Ring(blocks, buffers, pace.readers, fill).run(take)
-            file.refuse_change()
-        except BaseException as exc:
-            _let_go_of_buffers(exc)
-            raise
+        file.refuse_change()
+        Ring(blocks, buffers, pace.readers, fill).run(take)
+        file.refuse_change()
     return hasher.hexdigest()
 
 
@@ -128,11 +123,3 @@ def _place(segment: Segment, write: Write, block: memoryview) -> None:
 
         aligned_data = data if write.start % ITEMSIZE[write.stored] == 0 else bytearray(data)
         segment.write(write.offset, convert(aligned_data, write.stored, write.dtype))
-
-
-def _let_go_of_buffers(error: BaseException) -> None:
-    """The frames an error came through hold views of staging buffers, which are about to go."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__context__

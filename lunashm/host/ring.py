@@ -8,6 +8,7 @@ leaves, for whatever reason, it wakes and joins them all.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -39,7 +40,8 @@ class Ring(Generic[_W]):
     def run(self, take: Callable[[_W, memoryview], None]) -> None:
         """Call ``take`` in this thread with every piece of work, in order, and the buffer that was filled for it.
 
-        Raises the first error of ``fill`` or ``take``. No reader is left when this ends.
+        Raises the first error of ``fill`` or ``take``. When this ends, no reader is left, and no view of a buffer that
+        ``fill`` made.
         """
         try:
             for reader in self._readers:
@@ -86,4 +88,13 @@ class Ring(Generic[_W]):
                 self._full.put((number, work, buffer))
             self._full.put(None)
         except BaseException as exc:  # noqa: BLE001 - raised again by run(), in the caller's thread
+            _let_go_of_buffers(exc)
             self._full.put(exc)
+
+
+def _let_go_of_buffers(error: BaseException) -> None:
+    """The frames an error came through hold views of a buffer, and the caller wants its memory back."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__context__

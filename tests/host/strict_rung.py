@@ -33,11 +33,12 @@ class StrictRung(HeapRung):
         write = segment.write
 
         def counted(offset: int, data: Buffer) -> None:
+            view = memoryview(data)  # an error's frames hold it, as those of a real segment do
             with self._mutex:
                 number = self.writes
                 self.writes += 1
             self.before_write(number)
-            write(offset, data)
+            write(offset, view)
 
         segment.write = counted  # type: ignore[method-assign]
         return segment

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lunashm import views
 from lunashm.host import checkpoint, loader
 from lunashm.host.blocks import LEAST_NBYTES
 from lunashm.host.loader import plan
@@ -65,3 +67,21 @@ def test_segment_and_digest_are_those_of_a_naive_copy(
     assert loaded.digest == blake3(path.read_bytes()).hexdigest()
     assert done == sorted(set(done)) and done[-1] == found.source.size
     assert rung.staged == 0
+
+
+@pytest.mark.parametrize("pad", range(8))
+def test_elements_that_lie_askew_in_the_file_are_aligned_when_they_are_converted(
+    tmp_path: Path, pad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoints.write(path, {"a": ("U8", (3,)), "b": ("F64", (100,))}, metadata={"pad": " " * pad})
+    found, real, askew = checkpoint.read(path), views.convert, []
+
+    def look(data: memoryview | bytearray, source: str, target: str) -> memoryview:
+        askew.append(np.frombuffer(data, np.uint8).ctypes.data % ITEMSIZE[source])
+        return real(data, source, target)
+
+    monkeypatch.setattr(views, "convert", look)
+    layout = plan(found, (DtypeRule("", "F16"),))
+    loader.load(found, layout, StrictRung(), lambda done, total: None, Pace(128, 3, 1, 1))
+    assert askew and not any(askew)

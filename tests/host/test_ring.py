@@ -117,6 +117,24 @@ def test_error_of_the_taker_stops_the_readers(readers: int, count: int, at: int)
     assert no_reader_is_left()
 
 
+def test_free_buffers_are_not_filled_any_more_once_the_taker_has_failed() -> None:
+    filled = []
+
+    def fill(number: int, buffer: memoryview) -> None:
+        filled.append(number)
+        if number == 1:
+            assert ring._stopping.wait(DEADLINE_S)
+
+    ring = Ring(range(1000), buffers(8), 1, fill)
+    with pytest.raises(Broken):
+        ring.run(fail_at_once)
+    assert filled == [0, 1]
+
+
+def fail_at_once(number: int, buffer: memoryview) -> None:
+    raise Broken(number)
+
+
 @pytest.mark.parametrize("at", range(WORK))
 @pytest.mark.parametrize(("readers", "count"), SHAPES)
 def test_error_of_the_work_itself_is_raised(readers: int, count: int, at: int) -> None:
