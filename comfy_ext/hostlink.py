@@ -20,7 +20,7 @@ from lunashm.paths import Endpoint
 from lunashm.protocol import Event, HostStopping, LoadProgress, UnloadRequested
 
 from . import binding
-from .units import size
+from .units import progress
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -112,8 +112,8 @@ def _tell_progress(event: LoadProgress) -> None:
     global _next_progress
     if time.monotonic() >= _next_progress:
         _next_progress = time.monotonic() + PROGRESS_EVERY_S
-        percent = 100 * event.done // max(event.total, 1)
-        log.info("[lunashm] waiting for the host to load %s: %d%% of %s", event.name, percent, size(event.total))
+        come = progress(event.done, event.total, event.elapsed_s)
+        log.info("[lunashm] waiting for the host to load %s: %s", event.name, come)
 
 
 def forget_models(why: str) -> None:

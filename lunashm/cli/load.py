@@ -17,7 +17,7 @@ from lunashm import protocol as p
 from lunashm import settings
 from lunashm.cli.hosts import DeviceFlag, EndpointFlag, one
 from lunashm.cli.models import dtypes
-from lunashm.cli.output import AsJson, Output, clean, console, count, is_text, size
+from lunashm.cli.output import AsJson, Output, clean, console, count, is_text, rate, size
 from lunashm.client.access import explained
 from lunashm.client.connection import REPLY_S, Connection
 from lunashm.errors import HostTimeout, LunashmError, ModelNotReady, PathNotAllowed, UnsupportedFormat, from_code
@@ -87,9 +87,18 @@ def load(
             output.note(f"{path} goes on loading in the host; stop that with: lunashm unload {Path(path).name}")
             raise
     model = reply.model
-    text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {model.load_s:.1f} s"
+    text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {_took(model)}"
     text += f": {count(model.tensors, 'tensor')}, {size(model.nbytes)} {dtypes(model)}, blake3 {model.digest[:12]}"
     output.result({"model": model, "was_loaded": reply.was_loaded}, text)
+
+
+def _took(model: p.ModelInfo) -> str:
+    """``2.5 s (1.72 GB/s)``: of the file, whatever it was converted to."""
+    try:
+        speed = rate(Path(model.path).stat().st_size, model.load_s)
+    except OSError:  # removed, or seen by the host alone
+        speed = ""
+    return f"{model.load_s:.1f} s" + (f" ({speed})" if speed else "")
 
 
 def rules(texts: list[str]) -> tuple[DtypeRule, ...]:
@@ -133,5 +142,5 @@ class _Bar:
     def follow(self, event: p.Event) -> None:
         """Called in the connection's thread with every event."""
         if isinstance(event, p.LoadProgress) and event.path == self._real:
-            speed = f"{event.done / 1e9 / event.elapsed_s:.2f} GB/s" if event.elapsed_s > 0 else ""
+            speed = rate(event.done, event.elapsed_s)
             self.progress.update(self._task, total=event.total or None, completed=event.done, speed=speed)

@@ -110,6 +110,11 @@ def size(nbytes: int) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def rate(nbytes: int, seconds: float) -> str:
+    """``1.72 GB/s``; nothing where no time has passed."""
+    return f"{nbytes / 1e9 / seconds:.2f} GB/s" if seconds > 0 else ""
+
+
 def count(number: int, noun: str) -> str:
     """``1 client``, ``3 clients``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -168,12 +168,13 @@ class Loads:
             segments=(outcome.layout.nbytes,),
             metadata=outcome.checkpoint.metadata,
         )
+        rung = loaded.segment.export().rung
         log.info(
-            "generation %d ready: %s, %d tensors, %.2f GB in %.1f s (%.2f GB/s), blake3 %s",
-            manifest.generation, manifest.name, len(manifest.tensors), manifest.nbytes / 1e9, outcome.elapsed_s,
-            source.size / 1e9 / max(outcome.elapsed_s, 1e-9), outcome.digest[:12],
+            "generation %d ready: %s, %d tensors, %.2f GB (%d bytes) of %s memory in %.1f s (%.2f GB/s), blake3 %s",
+            manifest.generation, manifest.name, len(manifest.tensors), manifest.nbytes / 1e9, manifest.nbytes, rung,
+            outcome.elapsed_s, source.size / 1e9 / max(outcome.elapsed_s, 1e-9), outcome.digest[:12],
         )  # fmt: skip
-        return Generation(manifest, (loaded.segment,), outcome.elapsed_s, loaded.segment.export().rung, {source})
+        return Generation(manifest, (loaded.segment,), outcome.elapsed_s, rung, {source})
 
     def _retire(self, generations: list[Generation], source: Source) -> None:
         """I3: what is left of a file that holds other bytes now is never lent again."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -19,6 +20,11 @@ def test_load_says_whether_it_had_to(cli, models, monkeypatch):
     assert (first["was_loaded"], first["model"]["tensors"]) == (False, 3)
     assert cli("load", "new.safetensors", "--json").json["was_loaded"] is True
     assert "was loaded already" in cli("load", "./new.safetensors").out
+
+
+def test_load_says_how_long_it_took_and_how_fast_that_is(cli, models):
+    out = cli("load", checkpoint(models / "a.safetensors")).out
+    assert re.match(r"loaded a\.safetensors in \d+\.\d s \(\d+\.\d\d GB/s\): 3 tensors, ", out)
 
 
 def test_load_converts_by_prefix(cli, models):

@@ -21,13 +21,14 @@ def test_ps_lists_what_is_loaded_and_counts_clients(cli, models):
     assert lines[-1].startswith("saved 0 B: ")
 
 
-def test_a_loading_model_is_shown_with_its_percentage():
+def test_a_loading_model_is_shown_with_its_percentage_and_speed():
     model = ModelInfo(
         name="big", path="/big", digest="", generation=0, state="loading", rung="posix", dtypes={}, tensors=0,
         nbytes=4_000_000_000, memory_nbytes=0, loaded_nbytes=1_720_000_000, clients=0, saved=0, until="loading",
         load_s=1.0, rules=(),
     )  # fmt: skip
-    assert models_module._row(model)[-1] == "loading 43%"
+    assert models_module._row(model)[-1] == "loading 43% at 1.72 GB/s"
+    assert models_module._state(model) == "loading 43% at 1.72 GB/s, 4.00 GB in all"
     assert models_module._row(model)[2] == "4.00 GB"
 
 
