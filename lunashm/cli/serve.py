@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +75,19 @@ def existing_roots(roots: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(str, paths))
 
 
+def allow_descriptors(most: int = 1 << 16) -> int:
+    """Let this process open as many files as it may, ``most`` at most: ZeroMQ ends a process that runs out of them.
+
+    Returns the limit that is in force.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
 def choose_rung(memory: str, device: str) -> Choice:
     """The rung to serve with, by real round trips; what was found out is logged (I5). Raises SettingsError."""
     choice = probe.choose(memory, device)
@@ -90,6 +104,7 @@ def _serve(
 ) -> None:
     from lunashm.host.server import Server  # noqa: PLC0415 - other commands need none of it
 
+    allow_descriptors()
     choice = choose_rung(chosen.memory, device)
     server = Server(
         rung=choice.rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s,

@@ -42,7 +42,13 @@ def devices() -> list[Gpu]:
 
 def resolve(device: str) -> str:
     """``cpu``, or the UUID of what ``cuda``, ``cuda:N`` or the start of a UUID names. Raises SettingsError."""
-    return CPU if device == CPU else gpus.pick(device, devices()).uuid
+    if device == CPU:
+        return CPU
+    try:
+        found = devices()
+    except SettingsError as exc:
+        raise SettingsError(f"device {device!r} cannot be used: {exc.message}") from exc
+    return gpus.pick(device, found).uuid
 
 
 def describe(uuid: str) -> str:
@@ -114,8 +120,10 @@ def _call(name: str, *arguments: object) -> tuple[str | None, tuple[Any, ...]]:
     try:
         result, *values = getattr(driver, name)(*arguments)
     except (RuntimeError, AttributeError) as exc:  # the bindings' words for a library or a function that is not there
+        words = str(exc).strip().rstrip(".").partition("\n")[0]
         raise SettingsError(
-            f"{name} of the NVIDIA driver (libcuda.so.1) cannot be called: {exc}; install the driver, or a newer one"
+            f"NVIDIA's driver (libcuda.so.1) cannot be called ({name}: {words}); install it, or a newer one, or use "
+            "--device cpu"
         ) from exc
     except ValueError as exc:
         return f"an error newer than cuda-bindings ({exc})", ()

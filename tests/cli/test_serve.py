@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -124,3 +126,16 @@ def test_memory_without_a_name_is_served_and_outlives_its_host(cli, runtime, tmp
     client.end()
     assert host.end() == 0
     lunashm.client.session_for(Endpoint.for_device("cpu")).close()
+
+
+@pytest.mark.parametrize(("limits", "then"), [((256, 4096), 4096), ((8000, 8000), 8000), ((256, 1 << 14), 1 << 14)])
+def test_host_may_open_as_many_files_as_it_is_allowed_to(limits, then):
+    """ZeroMQ ends a process that has no descriptor left for a client."""
+    code = f"""
+import resource
+from lunashm.cli.serve import allow_descriptors
+resource.setrlimit(resource.RLIMIT_NOFILE, {limits})
+print(allow_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == [str(then)] * 2
