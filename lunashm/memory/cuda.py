@@ -76,7 +76,9 @@ def _look(ordinal: int) -> Gpu:
         return int(call("cuDeviceGetAttribute", which, ordinal, place=place))
 
     name = call("cuDeviceGetName", 256, ordinal, place=place).split(b"\0")[0].decode(errors="replace")
-    raw = bytes(call("cuDeviceGetUuid", ordinal, place=place).bytes).hex()
+    # cuda-bindings 12 have both, and only the second one knows MIG instances; 13 have that one under the first name
+    get_uuid = "cuDeviceGetUuid_v2" if hasattr(_driver(), "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
+    raw = bytes(call(get_uuid, ordinal, place=place).bytes).hex()
     mig = " MIG " in name  # the driver API has no attribute for it
     mode = attribute("COMPUTE_MODE")
     return Gpu(

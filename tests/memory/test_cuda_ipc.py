@@ -63,7 +63,7 @@ def test_two_mappings_of_one_segment_do_not_end_each_other(host: Process, client
 def test_handle_of_freed_memory_is_gone(host: Process, client: Process) -> None:
     handle, _ = lend(host)
     host("segment.free()")
-    with pytest.raises(SegmentGone, match="cuIpcOpenMemHandle.*the memory is gone.*attach again"):
+    with pytest.raises(SegmentGone, match=r"cuIpcOpenMemHandle.*the memory is gone.*attach again"):
         use(client, handle, None)
     host("later = rung.allocate(1000); later.write(0, b'another'); later.freeze()")
     with pytest.raises(SegmentGone):  # although its descriptor and address may be the same
@@ -101,7 +101,7 @@ def test_handle_of_other_memory_than_the_host_said_is_gone(host: Process, client
 
 
 def test_owner_is_told_that_it_cannot_open_its_own(host: Process) -> None:
-    with pytest.raises(SharedMemoryError, match="this process's own.*attach from another process, or use cuda-vmm"):
+    with pytest.raises(SharedMemoryError, match=r"this process's own.*attach from another process, or use cuda-vmm"):
         attach(host, host)
 
 

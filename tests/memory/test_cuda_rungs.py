@@ -146,9 +146,9 @@ def test_callback_that_fails_keeps_no_other_from_being_called(host: Process, cli
 def test_mapping_may_end_in_any_thread_in_the_middle_of_a_call(host: Process, client: Process) -> None:
     attach(host, client)
     attach(host, client, mapping="other")
-    client("gone = []; mapping.when_gone(lambda: gone.append(1)); cycle = [mapping]; cycle.append(cycle); del mapping, cycle")
-    client("rung = other._device")
-    client("import threading\ndef collect():\n    with rung:\n        gc.collect()\n")
+    client("gone = []; mapping.when_gone(lambda: gone.append(1))")
+    client("cycle = [mapping]; cycle.append(cycle); del mapping, cycle")
+    client("import threading\ndef collect():\n    with other._device:\n        gc.collect()\n")
     client("thread = threading.Thread(target=collect); thread.start(); thread.join()")
     assert client("gone, bytes(other.peek(10, 6)), logged") == ([1], b"shared", [])
 
@@ -214,8 +214,8 @@ def test_segment_has_at_least_one_byte(host: Process, nbytes: int) -> None:
 
 def test_staging_is_page_locked_writable_and_given_back(host: Process) -> None:
     host("second = rung.allocate(3)")
-    host("with rung.staging(3) as view:\n    view[:] = b'abc'\n    second.write(0, view)\n    during = control.live()['pinned']")
-    assert host("during, 'pinned' in control.live()") == (1, False)
+    host("with rung.staging(3) as view:\n    view[:] = b'abc'; second.write(0, view); during = control.live()")
+    assert host("during['pinned'], 'pinned' in control.live()") == (1, False)
     host("with contextlib.suppress(ZeroDivisionError), rung.staging(3) as view:\n    1 / 0")
     host("with rung.staging(0) as view:\n    assert len(view) == 0 and not view.readonly")
     assert "pinned" not in host("control.live()")
@@ -223,7 +223,7 @@ def test_staging_is_page_locked_writable_and_given_back(host: Process) -> None:
 
 def test_staging_that_there_is_no_room_for_is_an_error_of_ours(host: Process) -> None:
     host("control.fail('cuMemHostAlloc', 2)")
-    with pytest.raises(SharedMemoryError, match="cuMemHostAlloc on cuda:0 .* CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(SharedMemoryError, match=r"cuMemHostAlloc on cuda:0 .* CUDA_ERROR_OUT_OF_MEMORY"):
         host("with rung.staging(10):\n    pass")
 
 

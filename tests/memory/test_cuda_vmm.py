@@ -103,7 +103,7 @@ def test_descriptor_of_something_else_is_not_mapped(host: Process, client: Proce
     handle, descriptor = lend(host)
     assert descriptor is not None
     os.close(descriptor)
-    with open("/dev/null", "rb") as other, pytest.raises(SegmentGone, match="cuMemImport.*INVALID_VALUE"):
+    with open("/dev/null", "rb") as other, pytest.raises(SegmentGone, match=r"cuMemImport.*INVALID_VALUE"):
         use(client, handle, other.fileno())
     assert client("control.live()") == {}
 
@@ -127,7 +127,8 @@ def test_handles_that_make_no_sense_are_gone(host: Process, client: Process) -> 
             use(client, msgspec.structs.replace(handle, nbytes=nbytes), descriptor)
     version, *rest = msgspec.msgpack.decode(handle.data)
     newer = msgspec.msgpack.encode([version + 1, *rest])
-    for data in (b"", b"/", b"\xff\xfe", handle.data + b"x", handle.data[:-1], newer, msgspec.msgpack.encode([1, 2, 3, 4])):
+    mistyped = msgspec.msgpack.encode([1, 2, 3, 4])
+    for data in (b"", b"/", b"\xff\xfe", handle.data + b"x", handle.data[:-1], newer, mistyped):
         with pytest.raises(SegmentGone, match="which no cuda-vmm rung makes"):
             use(client, msgspec.structs.replace(handle, data=data), descriptor)
     with pytest.raises(WrongDevice, match="was to be opened on"):

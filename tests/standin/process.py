@@ -45,8 +45,8 @@ class Process:
         """Run ``code`` where what it defined before is still there, with ``values`` as further names; returns the
         value of its last line, if that is an expression. ``logged`` is there, too: messages of warnings and errors.
 
-        Raises what it raises, or Died. ``fds`` are there as a list of that name, until the call ends; duplicates of what
-        it puts into the list ``lent`` are ``received`` here, and the caller's to close.
+        Raises what it raises, or Died. ``fds`` are there as a list of that name, until the call ends; duplicates of
+        what it puts into the list ``lent`` are ``received`` here, and the caller's to close.
         """
         try:
             socket.send_fds(self._socket, [pickle.dumps((code, values))], fds)
