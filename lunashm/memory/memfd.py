@@ -28,8 +28,13 @@ FROZEN = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 
 class MemfdSegment(FileSegment):
     def _lock_down(self, fd: int) -> int:
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, FROZEN)
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # first: sealing cannot be done twice
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, FROZEN)
+        except OSError:
+            os.close(reader)
+            raise
+        return reader
 
     def descriptor(self) -> int:
         self.export()
