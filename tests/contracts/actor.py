@@ -5,7 +5,7 @@ DEVICE is ``cpu``, a GPU's UUID, or ``first`` for the first GPU there is. Import
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import gc
 import hashlib
 import itertools
@@ -14,30 +14,20 @@ import resource
 import socket
 import sys
 import threading
-import traceback
 import typing
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
-
-from lunashm.errors import LunashmError
 from lunashm.memory import Mapping, Rung, Segment, rung_for
 from lunashm.protocol import Handle
-from tests.contracts import sight, wire
+from tests.contracts import sight
+from tests.contracts.orders import Sent, obey
 from tests.contracts.scribble import scribble
 
 _CHUNK = 4 << 20
 STRIPE = 4096
 """What one write() of :meth:`Actor.write_from_threads` covers."""
-
-
-class Sent(NamedTuple):
-    """A descriptor that travels beside the answer."""
-
-    descriptor: int | None
 
 
 class Actor:
@@ -200,56 +190,6 @@ class Actor:
         return number
 
 
-def carry_out(actor: Actor, call: wire.Call, descriptor: int | None = None) -> Any:
-    """``descriptor`` came with the call and stays the caller's."""
-    method = getattr(actor, call.name)
-    hints = [hint for name, hint in typing.get_type_hints(method).items() if name != "return"]
-    arguments = [msgspec.convert(value, hint) for value, hint in zip(call.arguments, hints, strict=False)]
-    with starved() if call.starved else contextlib.nullcontext():
-        return method(*arguments) if descriptor is None else method(*arguments, descriptor)
-
-
-@contextlib.contextmanager
-def starved() -> Iterator[None]:
-    """No file can be opened in here: the soft limit is the lowest number that is free."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def failure(exc: Exception) -> wire.Failure:
-    if isinstance(exc, LunashmError):
-        return wire.Failure(exc.code, exc.message)
-    if isinstance(exc, ValueError):
-        return wire.Failure("ValueError", str(exc))
-    return wire.Failure("bug", "".join(traceback.format_exception(exc)))
-
-
-def obey(actor: Actor, channel: socket.socket) -> None:
-    """Until the test has gone, or has closed its end."""
-    while True:
-        call: wire.Call
-        try:
-            call, descriptor = wire.receive(channel, wire.Call)
-        except (EOFError, ConnectionResetError):
-            return
-        try:
-            value = carry_out(actor, call, descriptor)
-        except Exception as exc:  # noqa: BLE001 - all of them are raised in the test
-            wire.send(channel, failure(exc))
-        else:
-            beside = value.descriptor if isinstance(value, Sent) else None
-            wire.send(channel, wire.Answer(None if isinstance(value, Sent) else value), beside)
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-
-
 def rung_of(name: str, device: str) -> Rung:
     if device == "first":
         from lunashm.memory import cuda
@@ -261,8 +201,10 @@ def rung_of(name: str, device: str) -> Rung:
 def main(name: str, device: str, number: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # some actors are meant to crash
     os.set_inheritable(int(number), False)
+    actor = Actor(rung_of(name, device))
+    atexit.register(lambda: actor)  # what it has mapped lives as long as the interpreter
     with socket.socket(fileno=int(number)) as channel:
-        obey(Actor(rung_of(name, device)), channel)
+        obey(actor, channel)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import pytest
 from lunashm.errors import LunashmError, from_code
 from lunashm.memory import Rung
 from tests.contracts import wire
-from tests.contracts.actor import Actor, Sent, carry_out, failure
+from tests.contracts.actor import Actor
+from tests.contracts.orders import Sent, carry_out, failure
 from tests.contracts.rungs import ROOT, Entry
 
 ANSWER_S = 60.0
@@ -43,7 +44,7 @@ class ActorProcess:
         self._entry = entry
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop()
         self._channel, theirs = wire.pair()
-        self._channel.settimeout(ANSWER_S)
+        self.answer_within(ANSWER_S)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.contracts.actor", entry.rung, entry.device, str(theirs.fileno())],
@@ -60,6 +61,10 @@ class ActorProcess:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def answer_within(self, seconds: float) -> None:
+        """Else the test fails, and the actor is killed."""
+        self._channel.settimeout(seconds)
 
     def call(self, name: str, *arguments: Any, descriptor: int | None = None, starved: bool = False) -> Any:
         value, received = self._ask(wire.Call(name, arguments, starved), descriptor)
@@ -91,8 +96,9 @@ class ActorProcess:
             wire.send(self._channel, call, descriptor)
             answer, received = wire.receive(self._channel, wire.Answer | wire.Failure)
         except TimeoutError:
+            patience = self._channel.gettimeout()
             self.kill()
-            pytest.fail(f"the actor of {self._entry.rung} did not answer {call.name} within {ANSWER_S:g} s")
+            pytest.fail(f"the actor of {self._entry.rung} did not answer {call.name} within {patience:g} s")
         except (EOFError, OSError):
             raise ActorDied(self._process.wait(ANSWER_S), self._read_log()) from None
         if isinstance(answer, wire.Failure):
@@ -108,8 +114,9 @@ class ActorProcess:
         """Nothing may pass on a driver that was not meant."""
         drivers = self.call("libraries", "libcuda.so")
         if self._entry.standin:
-            folder = self._entry.environment()["LD_LIBRARY_PATH"]
-            assert drivers and all(path.startswith(folder) for path in drivers), drivers
+            from tests.standin import build
+
+            assert drivers == [str(build.folder() / build.LIBRARY)]
         else:
             assert drivers and not any("standin" in path for path in drivers), drivers
 

@@ -31,48 +31,47 @@ class RemoteSegment:
         self.nbytes = nbytes
         self._rung = rung
         self._owner = rung.owner
-        self._number = number
-        self._descriptor: int | None = None
+        self.number = number
 
     @property
     def frozen(self) -> bool:
-        return bool(self._owner.call("frozen", self._number))
+        return bool(self._owner.call("frozen", self.number))
 
     def write(self, offset: int, data: bytes) -> None:
-        self._owner.call("write", self._number, offset, data)
+        self._owner.call("write", self.number, offset, data)
 
     def write_staged(self, offset: int, data: bytes) -> tuple[int, bool]:
         """Returns the staging buffer's size, and whether it was read-only."""
-        size, read_only = self._owner.call("write_staged", self._number, offset, data)
+        size, read_only = self._owner.call("write_staged", self.number, offset, data)
         return size, read_only
 
     def write_from_threads(self, threads: int) -> None:
-        self._owner.call("write_from_threads", self._number, threads)
+        self._owner.call("write_from_threads", self.number, threads)
 
     def fill(self, byte: int) -> None:
-        self._owner.call("fill", self._number, byte)
+        self._owner.call("fill", self.number, byte)
 
     def freeze(self, starved: bool = False) -> None:
-        self._owner.call("freeze", self._number, starved=starved)
+        self._owner.call("freeze", self.number, starved=starved)
 
     def export(self) -> Handle:
-        handle = msgspec.convert(self._owner.call("export", self._number), Handle)
+        handle = msgspec.convert(self._owner.call("export", self.number), Handle)
         assert (handle.rung, handle.device) == (self._rung.name, self._rung.device)
         return handle
 
     def descriptor(self) -> int | None:
         """The test's duplicate, closed with this object."""
-        descriptor = self._owner.call_for_descriptor("descriptor", self._number)
+        descriptor = self._owner.call_for_descriptor("descriptor", self.number)
         if descriptor is not None:
             weakref.finalize(self, os.close, descriptor)
         return descriptor
 
     def inheritable(self) -> bool | None:
-        inheritable: bool | None = self._owner.call("inheritable", self._number)
+        inheritable: bool | None = self._owner.call("inheritable", self.number)
         return inheritable
 
     def free(self) -> None:
-        self._owner.call("free", self._number)
+        self._owner.call("free", self.number)
 
 
 class RemoteMapping:
@@ -119,14 +118,14 @@ class RemoteRung:
     def __init__(self, entry: Entry, owner: Channel, opener: Channel) -> None:
         self.owner = owner
         self.opener = opener
-        self._entry = entry
+        self.entry = entry
         self.name, self.device, self.outlives_host = owner.call("facts")
         assert (self.name, self.outlives_host) == (entry.rung, entry.outlives_host)
         assert opener.call("facts") == owner.call("facts")
 
     def through(self, opener: Channel) -> RemoteRung:
         """The same rung, opened by somebody else."""
-        return RemoteRung(self._entry, self.owner, opener)
+        return RemoteRung(self.entry, self.owner, opener)
 
     def allocate(self, nbytes: int, starved: bool = False) -> RemoteSegment:
         return RemoteSegment(self, *self.owner.call("allocate", nbytes, starved=starved))
@@ -138,8 +137,13 @@ class RemoteRung:
         return RemoteMapping(self.opener, number, mapped)
 
     def map(self, segment: RemoteSegment, starved: bool = False) -> RemoteMapping:
-        """Open it with all that this takes."""
-        return self.open(segment.export(), segment.descriptor(), starved)
+        """Open it with all that this takes; the test keeps none of it."""
+        descriptor = self.owner.call_for_descriptor("descriptor", segment.number)
+        try:
+            return self.open(segment.export(), descriptor, starved)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def open_with_number(self, handle: Handle, descriptor: int) -> None:
         """With a descriptor that is a number in the opener and nothing more."""

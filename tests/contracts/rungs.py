@@ -37,12 +37,11 @@ class Entry:
 
     def environment(self) -> dict[str, str]:
         """Of this rung's processes."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if self.standin:
-            from tests import standin
+            from tests.standin import build
 
-            environment["LD_LIBRARY_PATH"] = str(standin.build())
-        return environment
+            return build.environment()
+        return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def _cuda(standin: bool) -> list[Entry]:

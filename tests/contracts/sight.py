@@ -21,10 +21,10 @@ def counts() -> dict[str, int]:
 
 def seen_by_a_child() -> list[str]:
     """The files that a child inherits from this process when nobody takes care, but for the standard ones."""
-    script = 'for fd in /proc/$$/fd/*; do echo "${fd##*/} $(readlink "$fd")"; done'
-    listing = subprocess.run(["sh", "-c", script], close_fds=False, capture_output=True, text=True, check=True).stdout
-    files = dict(line.split(" ", 1) for line in listing.splitlines())
-    return sorted(target for number, target in files.items() if int(number) > 2 and target)
+    command = ["ls", "-l", "/proc/self/fd"]
+    listing = subprocess.run(command, close_fds=False, capture_output=True, text=True, check=True).stdout
+    files = dict(re.findall(r" (\d+) -> (.+)", listing))
+    return sorted(file for number, file in files.items() if int(number) > 2 and not file.startswith("/proc/"))
 
 
 def libraries(name: str) -> list[str]:

@@ -7,15 +7,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.contracts.account import account
 from tests.contracts.actors import ActorDied, ActorProcess
 from tests.contracts.remote import RemoteRung, RemoteSegment
 from tests.contracts.rungs import Entry, in_processes, only
-from tests.waiting import until
 
 MIB = 1 << 20
 NBYTES = 5 * MIB + 7
-LARGE = 256 * MIB
-"""What other tests take at the same time is less."""
 DIGEST = hashlib.sha256(b"\x5a" * NBYTES).hexdigest()
 
 read_only = only(lambda entry: entry.read_only and not entry.in_process)
@@ -66,13 +64,13 @@ def test_memory_of_a_killed_owner_comes_back_when_the_last_opener_lets_go(
     entry: Entry, rung: RemoteRung, owner: ActorProcess, part: Callable[[str], ActorProcess]
 ) -> None:
     successor = RemoteRung(entry, part("successor"), rung.opener)
-    before, nbytes = taken(successor), LARGE
-    mapping = rung.map(shared(rung, nbytes))
-    until(lambda: taken(successor) > before + nbytes // 2, "the memory is taken")
+    room = account(successor, part("opener").pid)
+    mapping = rung.map(shared(rung, room.nbytes))
+    room.check_taken()
     owner.kill()
     mapping.drop()
     successor.reclaim()
-    until(lambda: taken(successor) < before + nbytes // 2, "the memory came back")
+    room.check_given_back()
 
 
 # -- an opener ---------------------------------------------------------------------------------------------------------
@@ -92,13 +90,13 @@ def test_owner_goes_on_when_an_opener_is_killed(rung: RemoteRung, opener: ActorP
 
 @in_processes
 def test_room_comes_back_when_the_opener_that_had_it_mapped_is_killed(rung: RemoteRung, opener: ActorProcess) -> None:
-    before, nbytes = taken(rung), LARGE
-    segment = shared(rung, nbytes)
+    room = account(rung, opener.pid)
+    segment = shared(rung, room.nbytes)
     rung.map(segment)
-    until(lambda: taken(rung) > before + nbytes // 2, "the memory is taken")
+    room.check_taken()
     segment.free()
     opener.kill()
-    until(lambda: taken(rung) < before + nbytes // 2, "the memory came back")
+    room.check_given_back()
 
 
 @in_processes
@@ -110,15 +108,6 @@ def test_opener_that_ends_with_memory_mapped_ends_well_and_says_nothing(
     rung.through(leaving).map(shared(rung)).when_gone(tmp_path / "told")
     assert leaving.stop() == 0
     assert not (tmp_path / "told").exists()
-
-
-def taken(rung: RemoteRung) -> int:
-    """Bytes that segments take, whoever has them. In RAM it is the kernel's own count: what other programs take and
-    give of the machine's memory is not in it."""
-    if rung.device != "cpu":
-        return rung.total_nbytes() - rung.free_nbytes()
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["Shmem"].split()[0]) * 1024
 
 
 # -- a writer ----------------------------------------------------------------------------------------------------------
