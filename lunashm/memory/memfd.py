@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from lunashm.errors import OutOfSharedMemory, SegmentGone, SharedMemoryError
 from lunashm.memory import CPU, ram
@@ -18,6 +19,7 @@ from lunashm.memory.files import FileMapping, FileSegment, map_file, out_of_room
 from lunashm.memory.room import Room
 from lunashm.protocol import Handle
 
+_PREFIX = "lunashm-"
 _NAME = re.compile(rb"memfd:[0-9a-f]{16}")
 _NOEXEC_SEAL = 8
 """MFD_NOEXEC_SEAL, Linux 6.3: such a file can never become a program. Older kernels refuse the flag with EINVAL."""
@@ -54,7 +56,7 @@ class MemfdRung:
             raise ValueError(f"a segment has at least one byte, not {nbytes}")
         name = f"memfd:{secrets.token_hex(8)}"
         try:
-            fd = _create(f"lunashm-{name}")
+            fd = _create(_PREFIX + name)
         except OSError as exc:
             raise self.map_error(exc, f"creating segment {name}", nbytes) from exc
         segment = MemfdSegment(self, name, nbytes, fd)
@@ -70,6 +72,8 @@ class MemfdRung:
         try:
             if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & FROZEN != FROZEN:
                 raise SegmentGone(f"the descriptor of segment {name} is not sealed: another file; attach again")
+            if _PREFIX + name not in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+                raise SegmentGone(f"the descriptor of segment {name} is another segment's; attach again")
             return map_file(descriptor, handle)
         except OSError as exc:
             raise self.map_error(exc, f"mapping segment {name}", handle.nbytes) from exc

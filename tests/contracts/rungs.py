@@ -56,7 +56,7 @@ CPU = [
     Entry("memfd", "cpu", outlives_host=True, read_only=True, descriptors=True),
 ]
 FAKE = Entry("heap", "cpu", outlives_host=False, read_only=True, descriptors=False, in_process=True)
-STANDIN = _cuda(standin=True) if (ROOT / "tests" / "standin").is_dir() else []  # until it is merged
+STANDIN = _cuda(standin=True)
 GPU = _cuda(standin=False)
 
 EVERYWHERE = [*CPU, *STANDIN, FAKE]

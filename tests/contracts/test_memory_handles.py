@@ -148,7 +148,7 @@ def test_descriptor_of_something_else_is_refused_and_given_back(
 
 @with_descriptors
 def test_descriptor_of_a_smaller_segment_is_refused(rung: RemoteRung, segment: RemoteSegment) -> None:
-    """Of one of the same size it cannot be told: descriptors are matched to handles by whoever sends them."""
+    """Of one of the same size cuda-vmm cannot tell: descriptors are matched to handles by whoever sends them."""
     larger = rung.allocate(64 * MIB)
     for each in (segment, larger):
         each.freeze()

@@ -238,3 +238,15 @@ def test_room_is_counted_until_it_is_written(monkeypatch: pytest.MonkeyPatch) ->
     segment.freeze()
     assert rung.free_nbytes() == 1 << 20
     segment.free()
+
+
+def test_descriptor_of_another_segment_of_the_same_size_is_refused(rung: MemfdRung) -> None:
+    """It would show another model's bytes under this one's names."""
+    one, other = rung.allocate(100), rung.allocate(100)
+    for segment in (one, other):
+        segment.freeze()
+    with pytest.raises(SegmentGone, match="is another segment's"):
+        rung.open(one.export(), other.descriptor())
+    for segment in (one, other):
+        rung.open(segment.export(), segment.descriptor())
+        segment.free()
