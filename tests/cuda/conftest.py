@@ -14,11 +14,11 @@ import pytest
 
 from tests.host_process import ROOT
 from tests.standin.build import environment
-from tests.standin.process import Process
+from tests.standin.process import Died, Process
 
 CLIENT = """
 import ctypes, gc, os, torch
-import lunashm.client, lunashm.views
+import lunashm.client, lunashm.client.session, lunashm.views
 from safetensors.torch import load_file
 from tests.standin import control
 
@@ -32,6 +32,8 @@ def tensor_at(mapping, offset, dtype, shape):
 
 lunashm.views.tensor_at = tensor_at
 
+gc.freeze()  # tests collect garbage often; what was imported by now is none
+
 def attach(path, **options):
     return lunashm.client.attach(path, **options)
 
@@ -39,6 +41,16 @@ def same(attachment, path):
     file, mapped = load_file(path), attachment.state_dict()
     return file.keys() == mapped.keys() and all(torch.equal(file[name], mapped[name]) for name in file)
 """
+
+LEAVE = """
+model = again = layer = None
+gc.collect()
+for session in lunashm.client.session._sessions.values():
+    session.close()
+lunashm.client.session._sessions.clear()
+assert control.live() == {}, control.live()
+"""
+"""Nothing of a test stays in a client; what its mappings took was given back."""
 
 
 class GpuHost:
@@ -126,16 +138,41 @@ def serve(runtime: Path, models: Path) -> Iterator[Serve]:
         assert "Traceback" not in log, log
 
 
+def _client(**variables: str | None) -> Process:
+    client = Process(**variables)
+    client(CLIENT)
+    return client
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[list[Process]]:
+    """Clients that wait for a test: importing torch is what takes most of their time."""
+    waiting: list[Process] = []
+    yield waiting
+    for client in waiting:
+        client.__exit__()
+
+
 @pytest.fixture
-def connect(runtime: Path) -> Iterator[Connect]:
-    """A client process, with ``attach`` and ``same`` in it."""
+def connect(runtime: Path, pool: list[Process]) -> Iterator[Connect]:
+    """A client process, with ``attach`` and ``same`` in it; one of its own for each call with ``variables``."""
     clients: list[Process] = []
+    own: list[Process] = []
 
     def start(**variables: str | None) -> Process:
-        clients.append(Process(LUNASHM_RUNTIME_DIR=str(runtime), **variables))
-        clients[-1](CLIENT)
+        if variables:
+            own.append(_client(LUNASHM_RUNTIME_DIR=str(runtime), **variables))
+            return own[-1]
+        clients.append(pool.pop() if pool else _client())
+        clients[-1](f"os.environ['LUNASHM_RUNTIME_DIR'] = {str(runtime)!r}")
         return clients[-1]
 
     yield start
-    for client in clients:
+    for client in own:
         client.__exit__()
+    for client in clients:
+        try:
+            client(LEAVE)
+            pool.append(client)
+        except (Died, OSError):  # the test ended it
+            client.__exit__()
