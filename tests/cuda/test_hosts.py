@@ -90,7 +90,8 @@ def test_device_that_there_is_not_is_named_beside_those_that_there_are(serve: Se
 
 def test_machine_without_a_gpu_is_told_so(serve: Serve) -> None:
     message = serve("--device", "cuda", CUDA_VISIBLE_DEVICES="").ready["error"]["message"]
-    assert message == "device 'cuda' cannot be used: this process sees no NVIDIA GPU (CUDA_VISIBLE_DEVICES is ''); use --device cpu"
+    why = "this process sees no NVIDIA GPU (CUDA_VISIBLE_DEVICES is ''); use --device cpu"
+    assert message == f"device 'cuda' cannot be used: {why}"
 
 
 # -- several devices ---------------------------------------------------------------------------------------------------
