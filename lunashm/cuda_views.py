@@ -11,8 +11,14 @@ from math import prod
 import torch
 
 from lunashm.errors import SharedMemoryError
+from lunashm.memory import CPU
 from lunashm.memory.cuda_device import device_of
 from lunashm.memory.device import DeviceMapping
+
+
+def torch_device(device: str) -> torch.device:
+    """What torch calls ``cpu`` or a UUID: it numbers GPUs as the driver does. Raises WrongDevice, SettingsError."""
+    return torch.device(CPU) if device == CPU else torch.device("cuda", device_of(device).gpu.ordinal)
 
 
 def tensor_at(mapping: DeviceMapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -21,7 +27,7 @@ def tensor_at(mapping: DeviceMapping, offset: int, dtype: torch.dtype, shape: tu
     Raises SharedMemoryError where torch would copy.
     """
     nbytes = prod(shape) * dtype.itemsize
-    device = torch.device("cuda", device_of(mapping.handle.device).gpu.ordinal)  # torch numbers as the driver does
+    device = torch_device(mapping.handle.device)
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype, device=device)
     piece = mapping.at(offset, nbytes)

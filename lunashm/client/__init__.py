@@ -15,15 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lunashm.client.attachment import Attachment, attach, rules_of
+    from lunashm.client.attachment import Attachment
     from lunashm.client.lora import AppliedLora
+    from lunashm.client.opening import attach, rules_of
     from lunashm.client.session import Session, session_for
 
 __all__ = ["AppliedLora", "Attachment", "Session", "attach", "rules_of", "session_for"]
 
 _HOMES = {
     "AppliedLora": "lora",
-    "Attachment": "attachment", "attach": "attachment", "rules_of": "attachment",
+    "Attachment": "attachment", "attach": "opening", "rules_of": "opening",
     "Session": "session", "session_for": "session",
 }  # fmt: skip
 

@@ -5,34 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
 
-from lunashm import settings as settings_module
 from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
-from lunashm.client.session import Session, session_for
+from lunashm.client.session import Session
 from lunashm.client.watch import HostWatch
-from lunashm.endpoints import endpoint_of
 from lunashm.errors import (
     ForkedProcess,
     InvalidCheckpoint,
     LunashmError,
-    ModelNotReady,
     PathNotAllowed,
-    SettingsError,
     SourceChanged,
-    WrongDevice,
 )
-from lunashm.manifest import PRIVATE, DtypeRule, Manifest, RuleBook, Source, TensorSpec, check_rules, validate
-from lunashm.memory import Mapping, cuda
-from lunashm.protocol import HostInfo
-from lunashm.settings import Fallback
-from lunashm.views import dtype_name, state_dict, torch_dtype
+from lunashm.manifest import DtypeRule, Manifest, validate
+from lunashm.memory import Mapping
+from lunashm.views import state_dict
 
 log = logging.getLogger(__name__)
 
@@ -251,88 +242,6 @@ class _Guard:
     def __call__(self, module: torch.nn.Module, args: object) -> None:
         if module is self._module():
             self._watch.check()
-
-
-def attach(
-    path: str | os.PathLike[str],
-    *,
-    dtypes: Dtypes = None,
-    fallback: Fallback | None = None,
-    wait_s: float | None = None,
-    endpoint: str | None = None,
-    device: str | None = None,
-    kind: str = "python",
-    label: str = "",
-) -> Attachment:
-    """Attach to the checkpoint at ``path``; the host loads it if nobody has yet.
-
-    ``dtypes``: one dtype, or ``{name prefix: dtype}``; None is as stored. Each conversion is done once, in the host.
-    ``fallback`` while the host is still loading: ``wait`` up to ``wait_s`` seconds (default), ``fail`` with
-    ModelNotReady, or ``local``: take a private copy, also if there is no host. The rest come from the settings.
-
-    Raises HostUnavailable, HostLost, HostTimeout, LoadTimeout, ModelNotReady, PathNotAllowed, UnsupportedFormat,
-    InvalidCheckpoint, OutOfSharedMemory, WrongDevice, SettingsError.
-    """
-    chosen = settings_module.load({"fallback": fallback, "wait_s": wait_s, "endpoint": endpoint, "device": device})
-    rules = rules_of(dtypes)
-    named = os.path.abspath(os.fsdecode(path))
-    try:
-        session = session_for(endpoint_of(chosen), kind=kind, label=label)
-        if chosen.endpoint and chosen.device != settings_module.Settings().device:
-            _refuse_other_device(session.connect(), chosen.device)
-        return Attachment.open(session, named, rules, chosen.wait_s if chosen.fallback == "wait" else 0.0)
-    except SettingsError:
-        raise
-    except LunashmError as exc:
-        if chosen.fallback != "local":
-            raise
-        log.warning("loading %s locally, not shared: %s", named, exc)
-        return local_copy(named, rules, exc)
-
-
-def rules_of(dtypes: Dtypes) -> tuple[DtypeRule, ...]:
-    """The wire form of :func:`attach`'s ``dtypes``; whatever is not named stays as stored. Raises UnsupportedFormat."""
-    table = dtypes if isinstance(dtypes, dict) else {"": dtypes}
-    named = {prefix: dtype_name(d) if isinstance(d, torch.dtype) else d or "" for prefix, d in table.items()}
-    return check_rules(DtypeRule(prefix, dtype) for prefix, dtype in {"": "", **named}.items())
-
-
-def local_copy(path: str, rules: tuple[DtypeRule, ...], why: LunashmError) -> Attachment:
-    """A private copy, because of ``why``. Damage is safetensors' to find here. Raises ``why`` where there is no such
-    file to read either, InvalidCheckpoint for a damaged one."""
-    if Path(path).suffix.lower() not in (".safetensors", ".sft"):
-        raise why
-    book = RuleBook(rules)
-    tensors: dict[str, torch.Tensor] = {}
-    specs = []
-    try:
-        stat = os.stat(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                stored = file.get_tensor(name)
-                served = torch_dtype(book.resolve(name, dtype_name(stored.dtype)))
-                tensor = tensors[name] = stored.to(served, copy=True)
-                names = dtype_name(stored.dtype), dtype_name(served)
-                specs.append(TensorSpec(name, *names, tuple(tensor.shape), PRIVATE, 0, tensor.nbytes))
-    except OSError as exc:
-        raise why from exc
-    except SafetensorError as exc:
-        raise InvalidCheckpoint(f"{path} cannot be loaded locally either: {exc}") from exc
-    source = Source(os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    attachment = Attachment(Manifest(Path(path).name, "", 0, source, rules, tuple(specs), (), metadata), tensors)
-    attachment.reason = "still loading in the host" if isinstance(why, ModelNotReady) else why.message
-    return attachment
-
-
-def _refuse_other_device(host: HostInfo, device: str) -> None:
-    """An endpoint and a device were named: the host there has to be that device's. Raises WrongDevice."""
-    ours = cuda.resolve(device)
-    if host.device != ours:
-        raise WrongDevice(
-            f"the host at {host.endpoint} lends memory of {host.device_name} ({host.device}), and {device} is "
-            f"{cuda.describe(ours)} ({ours}) in this process; leave out the endpoint, or name the host's device"
-        )
 
 
 def _refuse_other_file(path: str, manifest: Manifest) -> None:

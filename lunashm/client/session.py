@@ -20,16 +20,15 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from lunashm import __version__, protocol
 from lunashm.client.connection import REPLY_S, Connection
 from lunashm.client.mappings import Mappings
+from lunashm.client.registration import Hold, Lent, Registration
 from lunashm.client.watch import HostWatch
 from lunashm.errors import ForkedProcess, HostLost, HostUnavailable, LunashmError, NotRegistered, TicketRefused
 from lunashm.manifest import DtypeRule
-from lunashm.memory import Mapping, rung_of
+from lunashm.memory import rung_of
 from lunashm.paths import Endpoint, find_host
 from lunashm.process import namespace, start_ticks
 from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Reply
@@ -37,48 +36,6 @@ from lunashm.protocol import Attached, Event, Handle, HostInfo, Registered, Repl
 log = logging.getLogger(__name__)
 
 Listener = Callable[[Event], None]
-
-
-@dataclass
-class _Registration:
-    """Being known to one host. ``valid`` until that host says it does not know us."""
-
-    connection: Connection
-    client: str
-    host: HostInfo
-    renew_every_s: float
-    epoch: int
-    next_renewal: float
-    valid: bool = True
-    watch: HostWatch | None = None
-
-    @property
-    def live(self) -> bool:
-        return self.valid and self.connection.alive
-
-    def drop(self, reason: str) -> None:
-        """The host counts us no more. ``reason``: "it ..."."""
-        self.valid = False
-        if self.watch is not None:
-            self.watch.revoke(reason)
-
-
-class Lent(NamedTuple):
-    """What one attach brought: the mapped segments that a lease covers, and the epoch it belongs to.
-
-    ``watch``: what to ask before and after each use of memory that dies with its host; None for any other.
-    """
-
-    reply: Attached
-    mappings: tuple[Mapping, ...]
-    epoch: int
-    watch: HostWatch | None
-
-
-class _Hold:
-    """Stands for one lease: the mappings it covers keep this alive, and nothing else does."""
-
-    __slots__ = ("__weakref__",)
 
 
 class Session:
@@ -93,7 +50,7 @@ class Session:
         self._label = label
         self._pid = os.getpid()
         self._connecting = threading.Lock()
-        self._current: _Registration | None = None
+        self._current: Registration | None = None
         self._epoch = 0
         self._mappings = Mappings(endpoint)
         self._listeners: list[Listener] = []
@@ -158,7 +115,7 @@ class Session:
         registration, reply = self._lease(path, rules, wait_s)
         return self._take(registration, reply)
 
-    def _lease(self, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> tuple[_Registration, Attached]:
+    def _lease(self, path: str, rules: tuple[DtypeRule, ...], wait_s: float) -> tuple[Registration, Attached]:
         registration = self._registered()
         try:
             reply = self._ask(registration, path, rules, wait_s)
@@ -171,9 +128,9 @@ class Session:
             reply = self._ask(registration, path, rules, wait_s)
         return registration, reply
 
-    def _take(self, registration: _Registration, reply: Attached) -> Lent:
+    def _take(self, registration: Registration, reply: Attached) -> Lent:
         """Map what a lease covers, and tie the lease to it; it is given back if that fails."""
-        hold = _Hold()
+        hold = Hold()
         weakref.finalize(hold, self._release, registration, reply.lease).atexit = False
         try:
             watch = self._watched(registration, reply.handles)  # before anything is mapped
@@ -185,7 +142,7 @@ class Session:
             mapping.when_gone(functools.partial(_let_go, hold))
         return Lent(reply, mappings, registration.epoch, watch)
 
-    def _watched(self, registration: _Registration, handles: tuple[Handle, ...]) -> HostWatch | None:
+    def _watched(self, registration: Registration, handles: tuple[Handle, ...]) -> HostWatch | None:
         """Raises HostLost, SegmentGone, or SharedMemoryError where a host that has to be watched cannot be."""
         if all(rung_of(handle).outlives_host for handle in handles):
             return None
@@ -195,7 +152,7 @@ class Session:
         return registration.watch
 
     def _ask(
-        self, registration: _Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
+        self, registration: Registration, path: str, rules: tuple[DtypeRule, ...], wait_s: float
     ) -> Attached:
         def too_late(reply: Reply) -> None:
             if isinstance(reply, Attached):
@@ -207,7 +164,7 @@ class Session:
             raise LunashmError(f"the host answered Attach with {type(reply).__name__}")
         return reply
 
-    def _release(self, registration: _Registration, lease: int) -> None:
+    def _release(self, registration: Registration, lease: int) -> None:
         """The last view of a model died, or its attach was given up. Leaves a note for the connection's thread."""
         if os.getpid() != self._pid:
             return  # another process's lease
@@ -220,12 +177,12 @@ class Session:
 
     # -- staying registered ----------------------------------------------------------------------------------------
 
-    def _registration(self) -> _Registration | None:
+    def _registration(self) -> Registration | None:
         self._check_process()
         current = self._current
         return current if current is not None and current.live else None
 
-    def _registered(self) -> _Registration:
+    def _registered(self) -> Registration:
         self._check_process()
         with self._connecting:
             current = self._registration()
@@ -233,7 +190,7 @@ class Session:
                 current = self._current = self._register()
             return current
 
-    def _register(self) -> _Registration:
+    def _register(self) -> Registration:
         """Over the wire we have, if it still works; else over a new one."""
         before = self._current
         if before is not None and before.connection.alive:
@@ -255,7 +212,7 @@ class Session:
         self._epoch += 1
         log.info("registered with host pid %d (%s, %s)", reply.host.pid, reply.host.device, reply.host.rung)
         renewal = time.monotonic() + reply.renew_every_s
-        return _Registration(connection, reply.client, reply.host, reply.renew_every_s, self._epoch, renewal)
+        return Registration(connection, reply.client, reply.host, reply.renew_every_s, self._epoch, renewal)
 
     def _on_idle(self) -> None:
         current = self._current
@@ -306,7 +263,7 @@ class Session:
             )
 
 
-def _let_go(hold: _Hold) -> None:
+def _let_go(hold: Hold) -> None:
     """A mapping is gone, and with this call the reference it had to its lease."""
 
 
