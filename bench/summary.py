@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ORDER = ("vram", "images", "first_prompt", "attach", "load", "idle", "lora", "lora_rule")
+ORDER = ("vram", "images", "first_prompt", "attach", "load", "loading", "idle", "lora", "lora_rule")
 VERDICTS = {None: "", True: "yes", False: "**no**"}
 SAVED = re.compile(r"(.+)-\d{8}T\d{6}\.json")
 
