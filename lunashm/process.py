@@ -44,6 +44,11 @@ def namespace(pid: int | str = "self") -> int:
         return 0
 
 
+def is_own(pid: int) -> bool:
+    """Whether ``pid`` is this process, and not the one that it was forked from."""
+    return pid == os.getpid()
+
+
 def start_ticks(pid: int | str = "self") -> int:
     """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 if it is gone."""
     try:

@@ -24,6 +24,29 @@ _NO_SUCH_MEMORY = ("CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_INVALID_HANDLE", "CUD
 """What the driver says to a handle or descriptor that leads nowhere."""
 
 
+class Undo:
+    """Releasing calls, to be made once, in reverse."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._calls: list[tuple[str, tuple[object, ...]]] = []
+
+    def add(self, name: str, *arguments: object) -> None:
+        self._calls.append((name, arguments))
+
+    def forget(self) -> None:
+        """They are somebody else's to make."""
+        self._calls.clear()
+
+    def run(self) -> bool:
+        """Make them all; returns whether none failed. What failed is logged."""
+        done = True
+        while self._calls:
+            name, arguments = self._calls.pop()
+            done = self._device.release_within(name, *arguments) and done
+        return done
+
+
 class Device:
     """``with device:`` makes its context the thread's current one for a while. Any thread, nested at will."""
 
@@ -78,8 +101,11 @@ class Device:
         self.call("cuCtxSynchronize")
 
     @contextlib.contextmanager
-    def during_captures(self) -> Iterator[None]:
-        """Calls in here neither fail because a CUDA graph is being captured meanwhile, nor spoil the capture."""
+    def in_relaxed_capture(self) -> Iterator[None]:
+        """Allocating, mapping and the like in here do not fail because a CUDA graph is being captured meanwhile.
+
+        Waiting for the GPU does: no mode allows that.
+        """
         modes = "CUstreamCaptureMode"
         before = self.call(
             "cuThreadExchangeStreamCaptureMode", cuda.constant(modes, "CU_STREAM_CAPTURE_MODE_RELAXED")

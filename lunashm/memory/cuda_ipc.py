@@ -16,7 +16,9 @@ import msgspec
 
 from lunashm import process
 from lunashm.errors import SegmentGone, SharedMemoryError
+from lunashm.memory.cuda_device import Undo
 from lunashm.memory.device import BLOCK, DeviceMapping, DeviceRung, DeviceSegment
+from lunashm.memory.ending import finish_parked
 from lunashm.protocol import Handle
 
 _Raw = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
@@ -68,14 +70,18 @@ class CudaIpcRung(DeviceRung):
         if not 0 < handle.nbytes == record.nbytes:
             raise SegmentGone(f"segment {record.name} has not the {handle.nbytes} bytes the host said; attach again")
         _check_reach(record)
-        with self.gpu as device, ExitStack() as opened:
+        finish_parked()
+        with self.gpu as device, device.in_relaxed_capture(), ExitStack() as failing:
+            opened = Undo(device)
+            failing.callback(opened.run)
             pointer = device.ipc_open(record.raw)
-            opened.callback(device.release_within, "cuIpcCloseMemHandle", pointer)
+            opened.add("cuIpcCloseMemHandle", pointer)
             start, length = device.address_range(pointer)
             at = pointer + record.offset
             if at + record.nbytes > start + length:
                 raise SegmentGone(f"segment {record.name} is not where the host said: other memory; attach again")
-            return DeviceMapping(handle, device, at, opened.pop_all())
+            failing.pop_all()
+            return DeviceMapping(handle, device, at, opened)
 
 
 def _check_reach(record: Record) -> None:

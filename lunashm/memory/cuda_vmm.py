@@ -15,8 +15,9 @@ from typing import Literal
 import msgspec
 
 from lunashm.errors import SegmentGone, SharedMemoryError
-from lunashm.memory.cuda_device import Device
+from lunashm.memory.cuda_device import Device, Undo
 from lunashm.memory.device import DeviceMapping, DeviceRung, DeviceSegment
+from lunashm.memory.ending import finish_parked
 from lunashm.protocol import Handle
 
 
@@ -33,7 +34,7 @@ class VmmSegment(DeviceSegment):
     """``window``: undoes the mapping that this process writes through."""
 
     def __init__(
-        self, rung: DeviceRung, record: Record, memory: int, pointer: int, window: ExitStack, made: ExitStack
+        self, rung: DeviceRung, record: Record, memory: int, pointer: int, window: Undo, made: ExitStack
     ) -> None:
         super().__init__(rung, record.name, record.nbytes, pointer, made)
         self._plan = record
@@ -49,7 +50,7 @@ class VmmSegment(DeviceSegment):
         """Keep the memory and a descriptor of it, and nothing that this process could write through (I1)."""
         self._fd = self._device.export(self._memory)
         self._made.callback(os.close, self._fd)
-        self._window.pop_all()  # done here, where its failing matters
+        self._window.forget()  # done here, where its failing matters
         unmapped = self._device.release("cuMemUnmap", self._pointer, self._plan.rounded)
         if not self._device.release("cuMemAddressFree", self._pointer, self._plan.rounded) or not unmapped:
             self.free()
@@ -70,7 +71,7 @@ class CudaVmmRung(DeviceRung):
             memory = device.create(rounded)
             made.callback(device.release_within, "cuMemRelease", memory)
             pointer, window = _map(device, memory, rounded, writing=True)
-            made.callback(window.close)
+            made.callback(window.run)
             device.zero(pointer, rounded)
             return VmmSegment(self, record, memory, pointer, window, made.pop_all())
 
@@ -84,22 +85,26 @@ class CudaVmmRung(DeviceRung):
             raise SegmentGone(f"segment {record.name} has not the {handle.nbytes} bytes the host said; attach again")
         if descriptor is None:
             raise SegmentGone(f"segment {record.name} came without its descriptor; attach again")
-        with self.gpu as device, ExitStack() as imported:
+        finish_parked()
+        with self.gpu as device, device.in_relaxed_capture(), ExitStack() as imported:
             memory = device.import_(descriptor)
             imported.callback(device.release, "cuMemRelease", memory)  # the mapping keeps the memory
             pointer, window = _map(device, memory, record.rounded, writing=False)
             return DeviceMapping(handle, device, pointer, window)
 
 
-def _map(device: Device, memory: int, nbytes: int, *, writing: bool) -> tuple[int, ExitStack]:
+def _map(device: Device, memory: int, nbytes: int, *, writing: bool) -> tuple[int, Undo]:
     """Memory at an address, and what takes it away from there."""
-    with ExitStack() as window:
+    window = Undo(device)
+    with ExitStack() as failing:
+        failing.callback(window.run)
         pointer = device.reserve(nbytes)
-        window.callback(device.release_within, "cuMemAddressFree", pointer, nbytes)
+        window.add("cuMemAddressFree", pointer, nbytes)
         device.map(pointer, nbytes, memory)
-        window.callback(device.release_within, "cuMemUnmap", pointer, nbytes)
+        window.add("cuMemUnmap", pointer, nbytes)
         device.allow(pointer, nbytes, writing=writing)
-        return pointer, window.pop_all()
+        failing.pop_all()
+    return pointer, window
 
 
 __all__ = ["CudaVmmRung", "VmmSegment"]

@@ -14,14 +14,14 @@ from typing import Any
 from typing_extensions import Buffer
 
 from lunashm.errors import (
-    LunashmError,
     OutOfSharedMemory,
     SegmentFrozen,
     SegmentGone,
     SegmentNotFrozen,
     WrongDevice,
 )
-from lunashm.memory.cuda_device import Device, device_of
+from lunashm.memory.cuda_device import Device, Undo, device_of
+from lunashm.memory.ending import End, let_go
 from lunashm.memory.files import size
 from lunashm.protocol import Handle
 
@@ -45,15 +45,15 @@ class Stretch:
 
 
 class DeviceMapping:
-    """A segment in this process's address space on the GPU. ``unmap`` holds what undoes that."""
+    """A segment in this process's address space on the GPU. ``unmap`` is what undoes that."""
 
-    def __init__(self, handle: Handle, device: Device, pointer: int, unmap: ExitStack) -> None:
+    def __init__(self, handle: Handle, device: Device, pointer: int, unmap: Undo) -> None:
         self.handle = handle
         self.pointer = pointer
         self.nbytes = handle.nbytes
         self._device = device
         self._callbacks: list[Callable[[], object]] = []
-        weakref.finalize(self, _let_go, device, os.getpid(), unmap, self._callbacks).atexit = False
+        weakref.finalize(self, let_go, End(device, os.getpid(), unmap, self._callbacks)).atexit = False
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class DeviceMapping:
         return memoryview(copy).toreadonly()
 
     def when_gone(self, callback: Callable[[], object]) -> None:
-        """Called after the memory was unmapped, which waits until no kernel of this process reads it."""
+        """Called after the memory was unmapped, which waits until no kernel of this process reads it; see ending.py."""
         self._callbacks.append(callback)
 
     def _check_within(self, offset: int, nbytes: int) -> None:
@@ -87,23 +87,6 @@ def _interface(pointer: int, nbytes: int) -> dict[str, Any]:
     return {
         "version": 3, "shape": (nbytes,), "typestr": "|u1", "strides": None, "data": (pointer, False), "stream": None,
     }  # fmt: skip
-
-
-def _let_go(device: Device, owner: int, unmap: ExitStack, callbacks: list[Callable[[], object]]) -> None:
-    """A mapping's end, in any thread, in the middle of anything."""
-    with ExitStack() as afterwards:  # however the unmapping goes
-        for callback in reversed(callbacks):
-            afterwards.callback(callback)
-        if os.getpid() != owner:
-            return  # a forked child has neither the context nor the memory
-        with ExitStack() as within:
-            try:
-                within.enter_context(device)
-                within.enter_context(device.during_captures())
-                device.synchronize()  # kernels that were launched may still read it
-            except LunashmError as exc:
-                log.warning("memory is unmapped without waiting for the GPU: %s", exc)
-            unmap.close()
 
 
 class DeviceSegment:
