@@ -72,7 +72,7 @@ class Endpoint:
     def device(self) -> str:
         """What an endpoint of that name is for, ``cpu`` or a GPU's UUID; empty for a name of another kind."""
         name = self.socket_path.name.removesuffix(".sock")
-        return name if name == "cpu" or name.startswith("GPU-") else ""
+        return name if name == "cpu" or name.startswith(("GPU-", "MIG-")) else ""
 
     @property
     def _stem(self) -> str:
@@ -174,6 +174,14 @@ def find_host(endpoint: Endpoint) -> HostInfo | None:
         return None
     finally:
         os.close(fd)
+
+
+def found_in(published: bytes) -> str:
+    """The id of the host that wrote this into its lock file; empty for what no host wrote."""
+    try:
+        return msgspec.json.decode(published, type=HostInfo).host_id
+    except msgspec.DecodeError:
+        return ""
 
 
 def nobody_at(endpoint: Endpoint) -> HostUnavailable:

@@ -22,18 +22,20 @@ _PF_EXITING = 0x4
 """include/linux/sched.h: set by a thread that ends, before it lets go of anything."""
 
 
-def is_exiting(pid: int) -> bool:
-    """Whether process ``pid`` has begun to end, or is gone (flags, field 9 of /proc/PID/stat).
-
-    False where /proc does not say: then only a pidfd tells, a little later.
-    """
+def stat_of(pid: int) -> int | None:
+    """A descriptor of /proc/PID/stat for :func:`is_exiting`; None if there is no such process. Raises OSError."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return bool(int(stat.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
+        return os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def is_exiting(stat: int) -> bool:
+    """Whether the process of :func:`stat_of`'s descriptor has begun to end, or is gone (flags, field 9)."""
+    try:
+        return bool(int(os.pread(stat, 4096, 0).rpartition(b")")[2].split()[6]) & _PF_EXITING)
+    except ProcessLookupError:
         return True
-    except (OSError, IndexError, ValueError):
-        return False
 
 
 def namespace(pid: int | str = "self") -> int:

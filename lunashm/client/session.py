@@ -245,15 +245,17 @@ class Session:
             self._on_event(protocol.HostStopping(current.host.host_id, "it is gone"))
 
     def close(self) -> None:
-        """Leave the host. It takes our leases as ended; views of memory that outlives it stay valid, of other memory
-        their next use raises HostLost. A later use connects again."""
+        """Leave the host. Views stay valid; the host takes our leases as ended. A later use connects again.
+
+        Leases of memory that dies with the host end with our process: nobody knows who still reads it, and it must not
+        be freed before.
+        """
         if os.getpid() != self._pid:
             return
         current, self._current = self._current, None
         if current is not None:
-            if current.watch is not None:
-                current.watch.revoke("was left by this process")
-            current.connection.close(protocol.Unregister(current.client) if current.valid else None)
+            leave = current.valid and current.watch is None
+            current.connection.close(protocol.Unregister(current.client) if leave else None)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

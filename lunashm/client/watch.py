@@ -18,19 +18,20 @@ import select
 import weakref
 
 from lunashm.errors import HostLost, SharedMemoryError
-from lunashm.paths import Endpoint, find_host
-from lunashm.process import is_exiting, pidfd_of
+from lunashm.paths import Endpoint, found_in
+from lunashm.process import is_exiting, pidfd_of, stat_of
 from lunashm.protocol import HostInfo
+
+_INFO_NBYTES = 1 << 16
 
 
 class HostWatch:
-    """Watches ``host`` until this object is gone. Any thread may ask; costs a few system calls each time.
+    """Watches ``host`` until this object is gone. Any thread may ask; that takes three system calls, no descriptor.
 
     Raises HostLost where it is gone already, SharedMemoryError where its process cannot be watched from here.
     """
 
     def __init__(self, endpoint: Endpoint, host: HostInfo) -> None:
-        self._endpoint = endpoint
         self._host = host
         self._lost = ""
         pidfd = pidfd_of(host.pid, host.pid_namespace)
@@ -40,9 +41,25 @@ class HostWatch:
                 "here (another PID namespace, or no pidfd): give both the same one (docker: --pid=host), or have the "
                 "host share by another rung (lunashm serve --memory cuda-vmm)"
             )
-        self._pidfd = pidfd
-        weakref.finalize(self, os.close, pidfd).atexit = False
+        self._pidfd = self._kept(pidfd)
+        try:
+            self._stat = self._kept(stat_of(host.pid))
+            self._lock = self._kept(os.open(endpoint.lock_path, os.O_RDONLY | os.O_CLOEXEC))
+            self._published = os.pread(self._lock, _INFO_NBYTES, 0)
+        except OSError as exc:
+            raise SharedMemoryError(f"the host (pid {host.pid}) cannot be watched: {exc}; attach again") from exc
+        if found_in(self._published) != host.host_id:
+            self._lost = "stopped"
         self.check()
+
+    def _kept(self, fd: int | None) -> int:
+        """``fd``, closed with this object. Raises HostLost for the descriptor of a process that is gone."""
+        if fd is None:
+            self._lost = "died"
+            self.check()
+            return -1
+        weakref.finalize(self, os.close, fd).atexit = False
+        return fd
 
     @property
     def lost(self) -> bool:
@@ -66,9 +83,6 @@ class HostWatch:
     def _reason(self) -> str:
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
-        if poller.poll(0) or is_exiting(self._host.pid):
+        if poller.poll(0) or is_exiting(self._stat):
             return "died"
-        now = find_host(self._endpoint)
-        if now is None or now.host_id != self._host.host_id:
-            return "stopped"
-        return ""
+        return "" if os.pread(self._lock, _INFO_NBYTES, 0) == self._published else "stopped"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 
@@ -12,7 +13,7 @@ import pytest
 from lunashm.client.watch import HostWatch
 from lunashm.errors import HostLost, SharedMemoryError
 from lunashm.paths import find_host
-from lunashm.process import is_exiting
+from lunashm.process import is_exiting, stat_of
 from lunashm.protocol import HostInfo
 from tests.host_process import HostProcess
 from tests.waiting import until
@@ -43,16 +44,18 @@ def test_host_that_ends_is_lost_for_ever(own_host: HostProcess, number: signal.S
 
 def test_host_is_lost_before_any_descriptor_of_it_is_closed(own_host: HostProcess) -> None:
     """Memory goes with descriptors, and these are closed before a pidfd becomes readable: that alone tells too late."""
-    pidfd = os.pidfd_open(own_host.pid)
+    pidfd, stat = os.pidfd_open(own_host.pid), stat_of(own_host.pid)
+    assert stat is not None
     own_host.process.send_signal(signal.SIGKILL)
     orders = set()
     while not select.select([pidfd], [], [], 0)[0]:
         lock_is_free = find_host(own_host.endpoint) is None
-        orders.add((lock_is_free, is_exiting(own_host.pid)))
+        orders.add((lock_is_free, is_exiting(stat)))
     os.close(pidfd)
     own_host.process.wait()
     assert (True, False) not in orders
-    assert is_exiting(own_host.pid)
+    assert is_exiting(stat)
+    os.close(stat)
 
 
 def test_host_that_stops_is_lost_before_it_frees_anything(own_host: HostProcess) -> None:
@@ -87,3 +90,14 @@ def test_watches_leave_no_descriptor(own_host: HostProcess) -> None:
     for _ in range(20):
         HostWatch(own_host.endpoint, info).check()
     until(lambda: len(os.listdir("/proc/self/fd")) == before, "descriptors are closed")
+
+
+def test_process_without_a_descriptor_left_does_not_take_its_host_for_dead(own_host: HostProcess) -> None:
+    watch = HostWatch(own_host.endpoint, info_of(own_host))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        lost = watch.lost
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not lost
