@@ -49,25 +49,30 @@ def install() -> None:
 def _checked_afterwards(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, *args, **kwargs)
         patcher = getattr(self, "model_patcher", None) or getattr(self, "patcher", None)
         binding = binding_of(getattr(patcher, "model", None))
-        if binding is not None and binding.fail_stop:
+        if patcher is None or binding is None or not binding.fail_stop:
+            return stock(self, *args, **kwargs)
+        try:
+            result = stock(self, *args, **kwargs)
             if patcher.load_device.type == "cuda":
                 torch.cuda.synchronize(patcher.load_device)
-            check(binding)
+        except Exception as exc:  # what it met may be memory that was gone: then that is the reason
+            check(binding, exc)
+            raise
+        check(binding)
         return result
 
     return method
 
 
-def check(binding: Binding) -> None:
+def check(binding: Binding, cause: Exception | None = None) -> None:
     """Raises HostLost, and has ComfyUI forget its models."""
     try:
         binding.check()
-    except HostLost:
+    except HostLost as exc:
         hostlink.forget_models("the host that held its weights is gone")
-        raise
+        raise exc from cause
 
 
 def guard(model: torch.nn.Module, binding: Binding) -> None:

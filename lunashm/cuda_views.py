@@ -24,14 +24,19 @@ def torch_device(device: str) -> torch.device:
 def tensor_at(mapping: DeviceMapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor with a storage of its own, exactly its size, over ``mapping`` from ``offset`` bytes on.
 
-    Raises SharedMemoryError where torch would copy.
+    Raises SharedMemoryError where this torch cannot use the GPU, or would copy.
     """
-    nbytes = prod(shape) * dtype.itemsize
     device = torch_device(mapping.handle.device)
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    piece = mapping.at(offset, nbytes)
-    tensor = torch.as_tensor(piece, device=device)  # |u1; torch keeps ``piece``, and that keeps the mapping
+    piece = mapping.at(offset, prod(shape) * dtype.itemsize)
+    try:
+        with torch.cuda.device(device):  # older torch asks CUDA about the pointer before it chooses a device
+            if not piece.nbytes:
+                return torch.empty(shape, dtype=dtype, device=device)
+            tensor = torch.as_tensor(piece, device=device)  # |u1; torch keeps ``piece``, and that keeps the mapping
+    except (RuntimeError, AssertionError) as exc:  # torch's words for a build without CUDA, a driver it cannot use
+        raise SharedMemoryError(
+            f"torch {torch.__version__} cannot use the host's memory on {mapping.handle.device}: {exc}"
+        ) from exc
     if tensor.data_ptr() != piece.pointer:
         raise SharedMemoryError(
             f"torch {torch.__version__} made a copy on {device} instead of a view of the memory at {piece.pointer:#x}; "

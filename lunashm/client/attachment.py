@@ -147,7 +147,8 @@ class Attachment:
         ``load_state_dict`` demands. Buffers are copied: layers write to theirs. Raises RuntimeError from
         ``load_state_dict``, LunashmError where the module took copies (I7); the module is not whole after either.
 
-        Where the bytes die with the host, each call of ``module`` asks :meth:`check` first; ask again after the last.
+        Where the bytes die with the host, each call of ``module`` or of a part of it asks :meth:`check` first; ask
+        again after the last.
         """
         buffers = {name for name, _ in module.named_buffers()}
         found = {name.removeprefix(prefix): t for name, t in self.state_dict().items() if name.startswith(prefix)}
@@ -162,7 +163,8 @@ class Attachment:
         self._modules = [known for known in self._modules if known() not in (None, module)]
         self._modules.append(weakref.ref(module))
         if self._watch is not None:
-            module.register_forward_pre_hook(_Guard(module, self._watch))
+            for part in (module, *module.children()):  # a VAE's encode() and decode() call parts only
+                part.register_forward_pre_hook(_Guard(part, self._watch))
 
     def apply_lora(
         self,

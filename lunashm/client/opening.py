@@ -15,6 +15,7 @@ from lunashm.endpoints import endpoint_of
 from lunashm.errors import LunashmError, SettingsError, WrongDevice
 from lunashm.manifest import DtypeRule, check_rules
 from lunashm.memory import cuda
+from lunashm.paths import Endpoint
 from lunashm.protocol import HostInfo
 from lunashm.settings import Fallback
 from lunashm.views import dtype_name
@@ -58,7 +59,8 @@ def attach(
         if chosen.fallback != "local":
             raise
         log.warning("loading %s locally, not shared: %s", named, exc)
-        return local_copy(named, rules, exc, cuda.resolve(chosen.device))
+        there = Endpoint.parse(chosen.endpoint).device if chosen.endpoint else ""
+        return local_copy(named, rules, exc, there or cuda.resolve(chosen.device))
 
 
 def rules_of(dtypes: Dtypes) -> tuple[DtypeRule, ...]:

@@ -81,7 +81,7 @@ class Mapping(Protocol):
         """Call ``callback`` when nobody in this process can reach the memory any more, but not at interpreter exit.
 
         The owner may free the memory as soon as it hears of this. Called in whichever thread dropped the last
-        reference, in the middle of anything: take no lock there.
+        reference, in the middle of anything: take no lock there that this thread might hold.
         """
 
 

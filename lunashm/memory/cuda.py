@@ -127,7 +127,7 @@ def _call(name: str, *arguments: object) -> tuple[str | None, tuple[Any, ...]]:
             f"NVIDIA's driver (libcuda.so.1) cannot be called ({name}: {words}); install it, or a newer one, or use "
             "--device cpu"
         ) from exc
-    except ValueError as exc:
+    except (ValueError, KeyError) as exc:  # the bindings do not know the code
         return f"an error newer than cuda-bindings ({exc})", ()
     return (result.name if result.value else None), tuple(values)
 

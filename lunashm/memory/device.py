@@ -217,8 +217,14 @@ class DeviceRung:
 @contextlib.contextmanager
 def _pinned(device: Device, nbytes: int) -> Iterator[memoryview]:
     """Page-locked memory. It is gone when the block ends: keep no view of it."""
-    with device:
-        pointer = int(device.call("cuMemHostAlloc", max(nbytes, 1), 0))
+    try:
+        with device:
+            pointer = int(device.call("cuMemHostAlloc", max(nbytes, 1), 0))
+    except OutOfSharedMemory as exc:
+        raise OutOfSharedMemory(
+            f"there is no RAM to lock for copying to {device.gpu} ({size(nbytes)}; cuMemHostAlloc: OUT_OF_MEMORY); "
+            "free some, or raise the container's memory limit"
+        ) from exc
     try:
         yield memoryview((ctypes.c_char * nbytes).from_address(pointer)).cast("B")
     finally:

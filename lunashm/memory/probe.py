@@ -156,10 +156,20 @@ def _ask_other(segment: Segment) -> _Seen:
         else:
             reason = "it said nothing"
         if not answer:
-            code, errors = child.wait(TIMEOUT_S), (child.stderr.read() if child.stderr else b"")
+            code, errors = _last_words(child)
             last = errors.decode(errors="replace").strip().rpartition("\n")[2] or reason
             raise SharedMemoryError(f"another process that should map it ended with status {code}: {last}")
         return msgspec.msgpack.decode(answer, type=_Seen)
+
+
+def _last_words(child: subprocess.Popen[bytes]) -> tuple[int, bytes]:
+    """How it ended and what it wrote; it is ended if it does not by itself."""
+    try:
+        _, errors = child.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        _, errors = child.communicate()
+    return child.returncode, errors
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -183,7 +193,7 @@ def _suspects(device: str) -> Iterable[str]:
     with contextlib.suppress(LunashmError):
         for gpu in cuda.devices():
             if gpu.uuid == device and gpu.mig:
-                yield "this is a MIG instance, between whose processes legacy CUDA IPC does not work"
+                yield "this is a MIG instance: CUDA IPC does not work between GPU instances"
             if gpu.uuid == device and gpu.compute_mode == "exclusive-process":
                 yield "its compute mode lets one process use it at a time: nvidia-smi -c DEFAULT"
 

@@ -72,11 +72,9 @@ def test_attaching_a_hundred_times_takes_no_memory_of_the_device(
 
 
 def nvml_used(uuid: str) -> int:
-    """Bytes in use on the whole device, as nvidia-smi has it; 0 without nvidia-ml-py: torch's figure has to do then."""
-    try:
-        import pynvml
-    except ImportError:
-        return 0
+    """Bytes in use on the whole device, as nvidia-smi has it."""
+    import pynvml
+
     pynvml.nvmlInit()
     try:
         return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)

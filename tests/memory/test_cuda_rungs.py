@@ -232,7 +232,7 @@ def test_staging_is_page_locked_writable_and_given_back(host: Process) -> None:
 
 def test_staging_that_there_is_no_room_for_is_an_error_of_ours(host: Process) -> None:
     host("control.fail('cuMemHostAlloc', 2)")
-    with pytest.raises(SharedMemoryError, match=r"cuMemHostAlloc on cuda:0 .* CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(SharedMemoryError, match=r"no RAM to lock for copying to cuda:0 .*OUT_OF_MEMORY"):
         host("with rung.staging(10):\n    pass")
 
 
