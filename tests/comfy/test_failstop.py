@@ -52,8 +52,8 @@ def test_host_that_dies_under_a_prompt_fails_it_and_the_next_one_loads_locally(
     """At the end: the last step's result is thrown away too, and the sampler's node keeps nothing of it."""
     server.render(txt2img_checkpoint(SD15))
     with pytest.raises(PromptFailed, match=r"the host \(pid \d+\) died.*not to be trusted"):
-        server.render(killing(own_host, step, after, seed=1))
-    again = txt2img_checkpoint(SD15, seed=1, steps=STEPS)
+        server.render(killing(own_host, step, after, seed=10 + step))
+    again = txt2img_checkpoint(SD15, seed=10 + step, steps=STEPS)
     assert server.render(again) == stock.render(again)
     log = server.log_text()
     assert "the host that held its weights is gone: freeing models after the current prompt" in log
