@@ -29,6 +29,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``roots``: directories whose files a host may open. ``endpoint``: a control URL; empty means the device's own.
 
     ``fallback``: what a client does while the host is still loading; ``wait_s`` how long it waits at most.
+    ``metrics``: where a host serves them, a port or an address with one; empty means nowhere.
     ``private_gb``: what patches of one model may copy into a ComfyUI's own memory, in 1e9 bytes.
     """
 
@@ -41,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     wait_s: Patience = 600.0
     lease_ttl_s: Ttl = 15.0
     private_gb: Gigabytes = 2.0
+    metrics: int | str = ""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 

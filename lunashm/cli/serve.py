@@ -13,6 +13,7 @@ import typer
 from lunashm import settings
 from lunashm.cli.output import AsJson, Output, clean
 from lunashm.errors import SettingsError
+from lunashm.host.address import Address
 from lunashm.memory import cuda, probe
 from lunashm.memory.probe import Choice
 from lunashm.paths import Endpoint
@@ -40,25 +41,30 @@ def serve(
     ttl: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a client the host cannot see may stay silent.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="[ADDRESS:]PORT", help="Serve Prometheus metrics; on the loopback unless told otherwise."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Host models until Ctrl-C: load each once, lend it to any number of processes."""
     chosen = settings.load(
         {
             "device": device, "memory": memory, "roots": root or None, "endpoint": endpoint,
-            "log_level": log_level.upper() if log_level else None, "lease_ttl_s": ttl,
+            "log_level": log_level.upper() if log_level else None, "lease_ttl_s": ttl, "metrics": metrics,
         }
     )  # fmt: skip
     roots = existing_roots(chosen.roots)
     device = cuda.resolve(chosen.device)
     address = Endpoint.parse(chosen.endpoint) if chosen.endpoint else Endpoint.for_device(device)
+    metrics_at = Address.parse(str(chosen.metrics)) if chosen.metrics != "" else None
     logging.basicConfig(
         level=chosen.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
     )
     if not chosen.roots:
         log.info("no root is configured: serving files below the home directory, %s (--root DIR narrows it)", roots[0])
     try:
-        _serve(chosen, device, address, roots, Output(as_json))
+        _serve(chosen, device, address, roots, metrics_at, Output(as_json))
     except KeyboardInterrupt:
         log.info("interrupted before it was ready")
 
@@ -100,26 +106,39 @@ def choose_rung(memory: str, device: str) -> Choice:
 
 
 def _serve(
-    chosen: settings.Settings, device: str, address: Endpoint, roots: tuple[str, ...], output: Output
+    chosen: settings.Settings,
+    device: str,
+    address: Endpoint,
+    roots: tuple[str, ...],
+    metrics: Address | None,
+    output: Output,
 ) -> None:
     from lunashm.host.server import Server  # noqa: PLC0415 - other commands need none of it
 
     allow_descriptors()
     choice = choose_rung(chosen.memory, device)
+    scrape = None
+    if metrics is not None:
+        from lunashm.host.scrape import Scrape  # noqa: PLC0415 - most hosts serve none
+
+        scrape = Scrape(metrics)
     server = Server(
         rung=choice.rung, endpoint=address, roots=roots, ttl_s=chosen.lease_ttl_s,
         device_name=cuda.describe(device), rung_reason=choice.fallback,
+        reader=scrape.serving if scrape is not None else None,
     )  # fmt: skip
 
     def ready(info: HostInfo) -> None:
+        url = scrape.url if scrape is not None else ""
         value = {"ready": True, "endpoint": info.endpoint, "device": info.device,
                  "device_name": info.device_name, "rung": info.rung, "rung_reason": info.rung_reason,
-                 "roots": info.roots, "pid": info.pid, "version": info.version}  # fmt: skip
+                 "roots": info.roots, "pid": info.pid, "version": info.version, "metrics": url}  # fmt: skip
         if output.as_json:
             output.result(value)
             return
         served = ":".join(info.roots)
-        line = f"READY endpoint={info.endpoint} device={info.device} rung={info.rung} pid={info.pid} roots={served}"
-        print(clean(line).plain, flush=True)
+        also = f" metrics={url}" if url else ""
+        line = f"READY endpoint={info.endpoint} device={info.device} rung={info.rung} pid={info.pid}{also}"
+        print(clean(f"{line} roots={served}").plain, flush=True)
 
     server.run(ready)

@@ -17,12 +17,17 @@ from lunashm.protocol import Attach, Load
 
 @dataclass(frozen=True)
 class Waiter:
-    """One parked request: ``route`` and ``message_id`` say where the answer goes, ``deadline`` (clock) until when."""
+    """One parked request: ``route`` and ``message_id`` say where the answer goes; asked ``since`` (clock)."""
 
     route: bytes
     message_id: int
     request: Attach | Load
-    deadline: float
+    since: float
+
+    @property
+    def deadline(self) -> float:
+        """Until when (clock) it waits."""
+        return self.since + self.request.wait_s
 
     @property
     def client(self) -> str | None:

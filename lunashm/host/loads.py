@@ -27,7 +27,8 @@ PROGRESS_EVERY_S = 0.2
 
 
 class Loads:
-    """``reply`` answers a waiter, ``refuse`` makes (and counts) the reply to one who gets nothing."""
+    """``reply`` answers a waiter, ``refuse`` makes (and counts) the reply to one who gets nothing; ``admitted`` hears
+    of each generation that a load became."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Loads:
         submit: Callable[[Job], None],
         reply: Callable[[Waiter, p.Message], None],
         refuse: Callable[[LunashmError], p.ErrorReply],
+        admitted: Callable[[Generation], None],
         publish: Callable[[p.Event], None],
         clock: Clock,
     ) -> None:
@@ -50,6 +52,7 @@ class Loads:
         self._submit = submit
         self._reply = reply
         self._refuse = refuse
+        self._admitted = admitted
         self._publish = publish
         self._clock = clock
         self._next_progress = 0.0
@@ -154,7 +157,9 @@ class Loads:
             outcome.discard()
             log.info("%s holds the bytes of generation %d; sharing it", source.path, twin.id)
         elif outcome.loaded is not None:
-            self._arena.add(self._generation(job, outcome, outcome.loaded))
+            generation = self._generation(job, outcome, outcome.loaded)
+            self._arena.add(generation)
+            self._admitted(generation)
 
     def _generation(self, job: Job, outcome: Outcome, loaded: loader.LoadedSegment) -> Generation:
         source = outcome.checkpoint.source

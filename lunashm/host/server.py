@@ -19,6 +19,7 @@ import zmq
 from lunashm import protocol
 from lunashm.errors import LunashmError, ProtocolError, SettingsError
 from lunashm.host import processes
+from lunashm.host.board import Board
 from lunashm.host.handover import Handover
 from lunashm.host.loading import Job, Outcome
 from lunashm.host.service import Service
@@ -35,8 +36,15 @@ _BATCH = 256
 """Requests taken before the loop looks at anything else: a flood must not hide a client's death or a signal."""
 
 
+Reader = Callable[[Board], contextlib.AbstractContextManager[object]]
+"""Shows the board to others, in threads of its own, as long as it is entered."""
+
+
 class Server:
-    """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once."""
+    """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once.
+
+    ``reader`` is entered before ``ready`` is called. It sees what this thread pins to the board, and nothing else.
+    """
 
     def __init__(
         self,
@@ -47,9 +55,12 @@ class Server:
         ttl_s: float,
         device_name: str = "",
         rung_reason: str = "",
+        reader: Reader | None = None,
     ) -> None:
         self._rung = rung
         self._endpoint = endpoint
+        self._reader = reader
+        self._board: Board | None = None
         self._lock = HostLock(endpoint)
         self._finished: queue.SimpleQueue[tuple[Job, Outcome | BaseException]] = queue.SimpleQueue()
         self._wake_mutex = threading.Lock()
@@ -69,7 +80,7 @@ class Server:
     def run(self, ready: Callable[[protocol.HostInfo], None]) -> None:
         """Serve until told to stop. ``ready`` is called once clients can connect.
 
-        Raises AlreadyServing, or SettingsError for an endpoint that cannot be bound.
+        Raises AlreadyServing, SettingsError for an endpoint that cannot be bound, or what ``reader`` raises.
         """
         with contextlib.ExitStack() as stack:
             self._lock.acquire()
@@ -79,6 +90,9 @@ class Server:
             for name in self._rung.reclaim():
                 log.warning("removed %s, left behind by a host that died", name)
             self._open_sockets(stack)
+            if self._reader is not None:
+                self._board = Board(self.service.snapshot)
+                stack.enter_context(self._reader(self._board))
             stack.callback(self._close)
             self._lock.publish(self.service.info)
             ready(self.service.info)
@@ -123,6 +137,8 @@ class Server:
         Ended processes first: a request may close a pidfd and reuse its number for somebody who lives.
         """
         rest_ms = _BUSY_MS if self.service.busy else self._idle_ms
+        if self._board is not None:
+            rest_ms = min(rest_ms, self._board.rest_ms)
         ready = dict(self._poller.poll(min(rest_ms, self._handover.rest_ms)))
         for client in [self._pidfds[fd] for fd in ready if fd in self._pidfds]:
             self._guarded(self._forget, client)
@@ -132,6 +148,8 @@ class Server:
             self._receive()
         self._guarded(self._handover.turn)
         self._guarded(self.service.tick)
+        if self._board is not None:
+            self._guarded(self._board.turn)
         if self.service.stopping:
             self._stop_reason = self._stop_reason or "asked to stop"
 

@@ -11,19 +11,21 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from lunashm import __version__
 from lunashm import protocol as p
 from lunashm.errors import HostLost, LunashmError, ModelInUse, NotRegistered, SettingsError
 from lunashm.host.arena import Arena
-from lunashm.host.catalog import Catalog, State
-from lunashm.host.leases import Client, Clock, LeaseTable
+from lunashm.host.board import Snapshot
+from lunashm.host.catalog import Catalog, Generation, State
+from lunashm.host.leases import Client, Clock, Lease, LeaseTable
 from lunashm.host.loading import Job, Outcome, Waiter
 from lunashm.host.loads import Loads
 from lunashm.host.reports import Reports
 from lunashm.host.tickets import Tickets
+from lunashm.host.timings import Timings
 from lunashm.memory import Rung
 from lunashm.process import namespace
 
@@ -74,6 +76,7 @@ class Service:
             started_at=time.time(),
         )
         self.counters: Counter[str] = Counter()
+        self.timings = Timings()
         self.stopping = False
         self._rung = rung
         self._outbox = outbox
@@ -86,7 +89,8 @@ class Service:
         self._arena = Arena(self._catalog, self._leases, self._tickets, self._reports, outbox.publish)
         self._loads = Loads(
             roots=self.info.roots, catalog=self._catalog, arena=self._arena, reports=self._reports, submit=submit,
-            reply=self._answer_waiter, refuse=self._refusal, publish=outbox.publish, clock=clock,
+            reply=self._answer_waiter, refuse=self._refusal, admitted=self._admitted, publish=outbox.publish,
+            clock=clock,
         )  # fmt: skip
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -94,24 +98,27 @@ class Service:
     def handle(self, route: bytes, message_id: int, request: p.Request) -> None:
         """Answer one request, now or later; every request gets exactly one answer."""
         self.counters[f"request.{type(request).__name__}"] += 1
+        since = self._clock()
         try:
-            answer = self._answer(route, message_id, request)
+            answer = self._answer(route, message_id, request, since)
         except LunashmError as exc:
             log.info("%s refused: %s", type(request).__name__, exc)
             answer = self._refusal(exc)
         if answer is not None:
             self._reply(route, message_id, answer)
+        if isinstance(answer, p.Attached):
+            self.timings = self.timings.attached(self._clock() - since, waited=False)
 
-    def _answer(self, route: bytes, message_id: int, request: p.Request) -> p.Message | None:
+    def _answer(self, route: bytes, message_id: int, request: p.Request, since: float) -> p.Message | None:
         match request:
             case p.Renew(client):
                 self._leases.renew(client)
                 return p.Done()
             case p.Attach(client):
                 self._leases.renew(client)
-                return self._loads.want(Waiter(route, message_id, request, self._clock() + request.wait_s))
+                return self._loads.want(Waiter(route, message_id, request, since))
             case p.Load():
-                return self._loads.want(Waiter(route, message_id, request, self._clock() + request.wait_s))
+                return self._loads.want(Waiter(route, message_id, request, since))
             case p.Detach(client, lease):
                 self._arena.end([self._leases.release(client, lease)], "released")
                 return p.Done()
@@ -129,7 +136,7 @@ class Service:
             case p.ListClients():
                 return p.Clients(self._reports.clients())
             case p.GetStatus():
-                return self._status()
+                return self.status()
             case p.Shutdown():
                 self.stopping = True
                 return p.Done()
@@ -142,12 +149,17 @@ class Service:
 
     def _answer_waiter(self, waiter: Waiter, message: p.Message) -> None:
         self._reply(waiter.route, waiter.message_id, message)
+        if isinstance(message, p.Attached):
+            self.timings = self.timings.attached(self._clock() - waiter.since, waited=True)
+
+    def _admitted(self, generation: Generation) -> None:
+        self.timings = self.timings.loaded(generation.load_s, generation.manifest.source.size)
 
     def _reply(self, route: bytes, message_id: int, message: p.Message) -> None:
         delivered = self._outbox.reply(route, message_id, message)
         if isinstance(message, p.Attached) and not delivered:
             lease = self._leases.revoke(message.lease)
-            self._arena.end([lease] if lease is not None else [], "undelivered")
+            self._lose([lease] if lease is not None else [], "undelivered")
 
     def finish(self, job: Job, result: Outcome | BaseException) -> None:
         """A job ended."""
@@ -174,11 +186,20 @@ class Service:
         if client is None:
             return
         log.info("client %s gone: pid=%d %s, %d leases", client_id, client.info.pid, reason, len(client.leases))
-        self.counters[f"client.{reason.replace(' ', '_')}"] += 1
+        self.counters[f"client.{_word(reason)}"] += 1
         self._outbox.publish(p.ClientLeft(client_id, client.info.pid, reason))
         why = NotRegistered(f"client {client_id} is not registered any more ({reason}); register, then attach again")
         self._loads.drop_client(client_id, why)
-        self._arena.end(client.leases.values(), reason)
+        if reason == "left":
+            self._arena.end(client.leases.values(), reason)
+        else:
+            self._lose(client.leases.values(), reason)
+
+    def _lose(self, leases: Collection[Lease], reason: str) -> None:
+        """Leases that no client gave back."""
+        if leases:
+            self.counters[f"lease.{_word(reason)}"] += len(leases)
+        self._arena.end(leases, reason)
 
     # -- unloading -------------------------------------------------------------------------------------------------
 
@@ -219,7 +240,11 @@ class Service:
         """Give all memory back. Clients keep what they have mapped, where it outlives us."""
         self._arena.close()
 
-    def _status(self) -> p.Status:
+    def snapshot(self) -> Snapshot:
+        """What other threads may see; nothing here changes it afterwards."""
+        return Snapshot(self.status(), self.timings, self._clock())
+
+    def status(self) -> p.Status:
         models = self._reports.models(self._loads.jobs)
         return p.Status(
             host=self.info,
@@ -232,6 +257,11 @@ class Service:
             free_nbytes=self._rung.free_nbytes(),
             counters=dict(self.counters),
         )
+
+
+def _word(reason: str) -> str:
+    """What a counter is called after: one word, whatever the reason says beside it."""
+    return reason.partition(" for ")[0].replace(" ", "_")
 
 
 def _real_root(root: str) -> str:

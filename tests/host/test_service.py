@@ -109,7 +109,7 @@ def test_client_that_leaves_ends_its_leases(bench: Bench) -> None:
     client = bench.client()
     bench.attach(client, bench.file())
     bench.ask(p.Unregister(client), p.Done)
-    assert bench.service._status().leases == 0
+    assert bench.service.status().leases == 0
     assert [event.reason for event in bench.events(p.ClientLeft)] == ["left"]
     assert bench.refused(p.Renew(client)) == "not_registered"
 
