@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lunashm import protocol as p
 from lunashm.client.connection import Connection
+from lunashm.host.address import Address
+from lunashm.host.scrape import Scrape
 from lunashm.host.server import Server
 from lunashm.memory import Rung
 from lunashm.paths import Endpoint
@@ -18,11 +20,22 @@ from tests.fakes import HeapRung
 class Hosting:
     """A server that runs in a thread until it is told to stop. Memory is a fake unless a rung is given."""
 
-    def __init__(self, root: Path, ttl_s: float = 15.0, rung: Rung | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        ttl_s: float = 15.0,
+        rung: Rung | None = None,
+        metrics: Address | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.root = root
         self.rung = rung or HeapRung()
-        self.endpoint = Endpoint.for_device("cpu")
-        self.server = Server(rung=self.rung, endpoint=self.endpoint, roots=(str(root),), ttl_s=ttl_s)
+        self.endpoint = Endpoint.for_device(device)
+        self._scrape = Scrape(metrics) if metrics is not None else None
+        self.server = Server(
+            rung=self.rung, endpoint=self.endpoint, roots=(str(root),), ttl_s=ttl_s,
+            reader=self._scrape.serving if self._scrape is not None else None,
+        )  # fmt: skip
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self.server.run, args=(lambda info: self._ready.set(),), daemon=True)
 
@@ -34,6 +47,12 @@ class Hosting:
         self.server.stop()
         self._thread.join(10)
         assert not self._thread.is_alive()
+
+    @property
+    def url(self) -> str:
+        """Of its metrics."""
+        assert self._scrape is not None
+        return self._scrape.url
 
     @property
     def running(self) -> bool:

@@ -68,7 +68,7 @@ def families(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
     yield _counter("errors", "Errors told to clients, and loads that failed.", count, "error", "code")
     yield _counter("leases_lost", "Leases that ended without their client letting go.", count, "lease", "reason")
     yield _counter("clients_gone", "Clients that left or were dropped.", count, "client", "reason")
-    yield _counter("dropped", "What nobody could be told, or could be made sense of.", count, "dropped", "what")
+    yield _counter("dropped", "Frames, replies, events, accepts and handovers that were given up.", count, "dropped", "what")
 
 
 def _models(models: Iterable[p.ModelInfo]) -> Iterator[Metric]:

@@ -43,7 +43,7 @@ Reader = Callable[[Board], contextlib.AbstractContextManager[object]]
 class Server:
     """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once.
 
-    ``reader`` is entered before ``ready`` is called. It sees what this thread pins to the board, and nothing else.
+    ``reader`` is entered before clients can connect, and left when none can any more. It sees what this thread pins to the board, and nothing else.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Server:
             stack.enter_context(self._signals())
             for name in self._rung.reclaim():
                 log.warning("removed %s, left behind by a host that died", name)
-            self._open_sockets(stack)
-            if self._reader is not None:
+            if self._reader is not None:  # before anybody can connect to a host that may not start
                 self._board = Board(self.service.snapshot)
                 stack.enter_context(self._reader(self._board))
+            self._open_sockets(stack)
             stack.callback(self._close)
             self._lock.publish(self.service.info)
             ready(self.service.info)
