@@ -63,12 +63,16 @@ def families(snapshot: Snapshot, age_s: float) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "lunashm_load_bytes", "Bytes of the files that those loads have read.", value=timings.load_nbytes
     )
-    count = status.counters
+    yield from _counters(status.counters)
+
+
+def _counters(count: Mapping[str, int]) -> Iterator[Metric]:
     yield _counter("requests", "Requests taken up, whatever became of them.", count, "request", "type")
     yield _counter("errors", "Errors told to clients, and loads that failed.", count, "error", "code")
     yield _counter("leases_lost", "Leases that ended without their client letting go.", count, "lease", "reason")
     yield _counter("clients_gone", "Clients that left or were dropped.", count, "client", "reason")
-    yield _counter("dropped", "Frames, replies, events, accepts and handovers that were given up.", count, "dropped", "what")
+    lost = "Frames, replies, events, accepts and handovers that came to nothing."
+    yield _counter("dropped", lost, count, "dropped", "what")
 
 
 def _models(models: Iterable[p.ModelInfo]) -> Iterator[Metric]:

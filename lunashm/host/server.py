@@ -43,7 +43,8 @@ Reader = Callable[[Board], contextlib.AbstractContextManager[object]]
 class Server:
     """One host. Everything but file loading happens in the thread that calls :meth:`run`, which is called once.
 
-    ``reader`` is entered before clients can connect, and left when none can any more. It sees what this thread pins to the board, and nothing else.
+    ``reader`` is entered before clients can connect, and left when none can any more. It sees what this thread pins to
+    the board, and nothing else.
     """
 
     def __init__(

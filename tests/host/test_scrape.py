@@ -23,6 +23,7 @@ from lunashm.host.board import Board, Snapshot
 from lunashm.host.scrape import Scrape
 from lunashm.host.timings import Timings
 from tests import checkpoints
+from tests.fakes import HeapRung, HeapSegment
 from tests.host.test_server import register
 from tests.hosting import Hosting
 from tests.messages import HOST, MODEL
@@ -217,6 +218,49 @@ def test_loop_answers_while_scrapers_flood_and_dawdle(hosting: Hosting) -> None:
             stop.set()
             for thread in threads:
                 thread.join()
+
+
+class Gated(HeapRung):
+    """Grants no memory until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def allocate(self, nbytes: int) -> HeapSegment:
+        assert self.gate.wait(20)
+        return super().allocate(nbytes)
+
+
+def test_load_is_seen_while_it_goes_on(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "m.safetensors", checkpoints.SMALL)
+    rung = Gated()
+    hosting = Hosting(tmp_path, rung=rung, metrics=LOOPBACK)
+    hosting.start()
+    replies: list[p.Message] = []
+
+    def attach() -> None:
+        with hosting.client() as client:
+            replies.append(client.request(p.Attach(register(client), str(tmp_path / "m.safetensors"), (), 20.0)))
+
+    waiting = threading.Thread(target=attach)
+    waiting.start()
+    try:
+        until(lambda: scrape(hosting.url).value("models", state="loading") == 1, "the load is seen")
+        page = scrape(hosting.url)
+        assert (page.labels("model_bytes"), page.value("leases")) == ([], 0)
+        assert page.total("attach_seconds_count") == 0
+        rung.gate.set()
+        waiting.join()
+        assert isinstance(replies[0], p.Attached)
+        until(lambda: scrape(hosting.url).value("models", state="ready") == 1, "it is loaded")
+        page = scrape(hosting.url)
+        assert page.value("attach_seconds_count", waited="yes") == 1
+        assert page.value("attach_seconds_sum", waited="yes") >= page.value("load_seconds_sum") > 0
+    finally:
+        rung.gate.set()
+        waiting.join()
+        hosting.stop()
 
 
 def test_no_scrape_is_torn(hosting: Hosting, tmp_path: Path) -> None:
