@@ -220,6 +220,15 @@ def test_loop_answers_while_scrapers_flood_and_dawdle(hosting: Hosting) -> None:
                 thread.join()
 
 
+def test_what_happened_last_is_seen_soon_although_the_loop_is_idle_then(hosting: Hosting) -> None:
+    """Left alone it would turn every 5 s."""
+    with hosting.client() as client:
+        name = register(client)
+        for _ in range(10):
+            client.request(p.Renew(name))
+        until(lambda: scrape(hosting.url).value("requests_total", type="Renew") == 10, "all are seen", 3)
+
+
 class Gated(HeapRung):
     """Grants no memory until it is opened."""
 
