@@ -7,7 +7,9 @@ ForkedProcess, as they would from any CUDA program.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import os
 from collections.abc import Collection
 from typing import Any
@@ -92,6 +94,29 @@ def _look(ordinal: int) -> Gpu:
     )
 
 
+def installed() -> bool:
+    """Whether the driver's library can be loaded. Says nothing of GPUs, nor of whether it can be called."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def bindings() -> str:
+    """The version of cuda-bindings; empty where they cannot be imported."""
+    try:
+        return str(importlib.import_module("cuda.bindings").__version__)
+    except (ImportError, AttributeError):
+        return ""
+
+
+def newest() -> tuple[int, int]:
+    """The newest version of CUDA that the driver can run. Needs no GPU. Raises SettingsError, SharedMemoryError."""
+    version = int(call("cuDriverGetVersion"))
+    return version // 1000, version % 1000 // 10
+
+
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
@@ -169,4 +194,6 @@ def _initialise() -> bool:
     return True
 
 
-__all__ = ["Gpu", "call", "constant", "describe", "devices", "find", "resolve", "struct"]
+__all__ = [
+    "Gpu", "bindings", "call", "constant", "describe", "devices", "find", "installed", "newest", "resolve", "struct"
+]  # fmt: skip

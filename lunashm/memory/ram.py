@@ -6,6 +6,7 @@ writing past that limit gets the writer killed, however large /dev/shm claims to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 UNLIMITED = 1 << 62
@@ -24,6 +25,13 @@ def total(proc: Path = Path("/proc")) -> int:
     return _meminfo(proc, "MemTotal:")
 
 
+def limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the tightest memory cgroup above us allows for all in it; UNLIMITED where none is limited."""
+    limits = (_number(level / names[0]) for level, names in _groups(proc, cgroups))
+    found = [number for number in limits if number is not None and number < _V1_UNLIMITED]
+    return min(found, default=UNLIMITED)
+
+
 def _machine(proc: Path) -> int:
     return _meminfo(proc, "MemAvailable:")
 
@@ -37,7 +45,11 @@ def _meminfo(proc: Path, entry: str) -> int:
 
 def _cgroup(proc: Path, cgroups: Path) -> int:
     """The least that any memory cgroup above us leaves; page cache counts as free, tmpfs does not."""
-    room = UNLIMITED
+    return min((_room_in(level, *names) for level, names in _groups(proc, cgroups)), default=UNLIMITED)
+
+
+def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
+    """Our memory cgroups from the innermost up, with what their accounts are called: limit, usage, page cache."""
     for line in _lines(proc / "self" / "cgroup"):
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
@@ -49,10 +61,9 @@ def _cgroup(proc: Path, cgroups: Path) -> int:
             continue
         group = root / path.strip("/")
         for level in (group, *group.parents):
-            room = min(room, _room_in(level, *names))
+            yield level, names
             if level == root:
                 break
-    return room
 
 
 def _room_in(group: Path, limit_name: str, usage_name: str, cache_names: tuple[str, ...]) -> int:

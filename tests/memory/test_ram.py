@@ -59,6 +59,16 @@ def test_cgroup_v1_limit_counts_too(kernel: Kernel) -> None:
     assert kernel.available() == 3 * GIB
 
 
+def test_the_tightest_limit_is_told_apart_from_what_it_leaves(kernel: Kernel) -> None:
+    assert ram.limit(kernel.proc, kernel.cgroups) == ram.UNLIMITED
+    kernel.write(kernel.proc / "self" / "cgroup", "4:memory:/box\n0::/")
+    kernel.write(kernel.cgroups / "memory" / "memory.limit_in_bytes", 9223372036854771712)
+    assert ram.limit(kernel.proc, kernel.cgroups) == ram.UNLIMITED
+    kernel.write(kernel.cgroups / "memory" / "box" / "memory.limit_in_bytes", 4 * GIB)
+    kernel.write(kernel.cgroups / "memory.max", 8 * GIB)
+    assert ram.limit(kernel.proc, kernel.cgroups) == 4 * GIB
+
+
 def test_no_limit_in_cgroup_v1_is_a_huge_number(kernel: Kernel) -> None:
     kernel.write(kernel.proc / "self" / "cgroup", "4:memory:/")
     kernel.write(kernel.cgroups / "memory" / "memory.limit_in_bytes", 9223372036854771712)
