@@ -1,10 +1,11 @@
 """The ``lunashm`` command: what it can do, and how every failure becomes a message and an exit code.
 
 One noun a file: ``serve``; ``models`` (ps, show, unload); ``load``; ``files`` (ls); ``control`` (status, clients,
-stop); ``doctor`` with ``machine``; ``comfy`` with ``checkout``. ``exits`` has the exit codes, ``output`` the printing,
+stop); ``doctor`` with ``checks``; ``comfy`` with ``checkout``. ``exits`` has the exit codes, ``output`` the printing,
 ``hosts`` which host is meant.
 
-Commands raise; only :func:`run` turns errors into output. Of the commands only ``doctor`` imports torch.
+Commands raise; only :func:`run` turns errors into output. No command imports torch: ``doctor`` has another
+process do that.
 """
 
 from __future__ import annotations

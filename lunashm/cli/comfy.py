@@ -38,7 +38,7 @@ def install(
     missing = roots_missing(checkout)
     value = {
         "path": checkout.node, "target": source, "how": "copy" if copy else "link", "changed": changed,
-        "pip": _pip(checkout), "model_folders": checkout.model_folders(), "roots_missing": missing,
+        "pip": pip_command(checkout), "model_folders": checkout.model_folders(), "roots_missing": missing,
         "serve": serve_command(checkout) if missing else "lunashm serve",
     }  # fmt: skip
     done = ("copied to " if copy else "linked as ") if changed else "is already there: "
@@ -111,7 +111,7 @@ def serve_command(checkout: Checkout) -> str:
     return " ".join(["lunashm serve", *flags])
 
 
-def _pip(checkout: Checkout) -> str:
+def pip_command(checkout: Checkout) -> str:
     """How lunashm gets into the checkout's own environment; empty where this process runs in it."""
     pythons = [python for python in checkout.pythons if python.parent.parent.resolve() != Path(sys.prefix).resolve()]
     if checkout.pythons and not pythons:
@@ -122,7 +122,7 @@ def _pip(checkout: Checkout) -> str:
 
 def _next_steps(checkout: Checkout, missing: list[Path]) -> list[str]:
     steps = []
-    pip = _pip(checkout)
+    pip = pip_command(checkout)
     if pip:
         steps.append(f"lunashm has to be installed in the Python that runs ComfyUI:\n    {pip}")
     if missing:

@@ -10,6 +10,8 @@ import lunashm
 from lunashm.cli import checkout as checkout_module
 from lunashm.cli import comfy, exits
 from lunashm.cli.checkout import MARKER, Checkout, Presence, outermost
+from lunashm.cli.checks import comfyui as doctored
+from lunashm.cli.checks.check import State, run
 
 
 @pytest.fixture
@@ -132,10 +134,10 @@ def test_without_pyyaml_extra_paths_are_simply_not_seen(comfyui, monkeypatch):
 
 def test_a_virtual_environment_in_the_checkout_is_the_python_to_install_into(comfyui):
     checkout = Checkout.at(comfyui)
-    assert comfy._pip(checkout).startswith("python -m pip install lunashm==")
+    assert comfy.pip_command(checkout).startswith("python -m pip install lunashm==")
     (comfyui / "venv" / "bin").mkdir(parents=True)
     (comfyui / "venv" / "bin" / "python").symlink_to(sys.executable)
-    assert comfy._pip(checkout).startswith(f"{comfyui}/venv/bin/python -m pip install ")
+    assert comfy.pip_command(checkout).startswith(f"{comfyui}/venv/bin/python -m pip install ")
 
 
 @pytest.mark.parametrize(
@@ -160,30 +162,47 @@ def test_outermost_drops_duplicates_and_what_lies_inside():
     assert outermost(map(Path, ["/b/c", "/a", "/b", "/a", "/ab"])) == [Path("/a"), Path("/ab"), Path("/b")]
 
 
-def checks(cli, *arguments):
-    return {check["name"]: check for check in cli("doctor", *arguments, "--json").json["checks"]}
+def checks(comfyui):
+    return {check.name: check for check in run(doctored.tasks(str(comfyui)))}
 
 
-def test_doctor_looks_at_a_checkout(cli, comfyui, node, monkeypatch):
-    assert checks(cli, "--comfyui", comfyui)["extension"]["state"] == "fail"
+def test_doctor_looks_at_a_checkout(cli, comfyui, node):
+    assert checks(comfyui)["extension"].state is State.FAIL
+    assert checks(comfyui)["extension and hosts"].state is State.SKIP
     cli("comfy", "install", comfyui)
-    found = checks(cli, "--comfyui", comfyui)
-    assert {found[name]["state"] for name in ("comfyui", "extension", "model folders")} == {"ok"}
-    assert "0.28.0" in found["comfyui"]["detail"]
+    found = checks(comfyui)
+    assert {found[name].state for name in ("comfyui", "comfyui python", "extension", "model folders")} == {State.OK}
+    assert "0.28.0" in found["comfyui"].detail
     node.unlink()
     node.symlink_to("/elsewhere/comfy_ext")
-    assert "another installation" in checks(cli, "--comfyui", comfyui)["extension"]["detail"]
+    assert "another installation" in checks(comfyui)["extension"].detail
     (comfyui / "comfyui_version.py").write_text('__version__ = "0.3.40"')
-    assert checks(cli, "--comfyui", comfyui)["comfyui"]["state"] == "fail"
+    assert checks(comfyui)["comfyui"].state is State.FAIL
     assert Checkout.at(comfyui).presence is Presence.LINK
 
 
-def test_doctor_notices_a_copy_of_another_version(cli, comfyui, node):
+def test_doctor_notices_a_copy_of_another_version(cli, comfyui, node, models, lent):
     cli("comfy", "install", comfyui, "--copy")
+    assert checks(comfyui)["extension and hosts"].state is State.OK
     (node / MARKER).write_text('{"version": "0.0.1"}')
-    found = checks(cli, "--comfyui", comfyui)["extension"]
-    assert found["state"] == "fail"
-    assert found["fix"].endswith("--copy")
+    found = checks(comfyui)
+    assert found["extension"].state is State.FAIL
+    assert found["extension"].fix.endswith("--copy")
+    hosts = found["extension and hosts"]
+    assert hosts.state is State.FAIL
+    assert f"version 0.0.1, pid {lent.process.pid} (cpu) has {lunashm.__version__}" in hosts.detail
+
+
+def test_doctor_looks_for_lunashm_in_comfyuis_own_environment(comfyui):
+    (comfyui / "venv" / "bin").mkdir(parents=True)
+    (comfyui / "venv" / "bin" / "python").symlink_to(sys.executable)
+    assert checks(comfyui)["comfyui python"].state is State.WARN
+    assert checks(comfyui)["comfyui python"].fix.startswith(f"{comfyui}/venv/bin/python -m pip install ")
+    packages = comfyui / "venv" / "lib" / "python3.12" / "site-packages"
+    (packages / "lunashm-0.0.1.dist-info").mkdir(parents=True)
+    assert "has lunashm 0.0.1, this is" in checks(comfyui)["comfyui python"].detail
+    (packages / "lunashm-0.0.1.dist-info").rename(packages / f"lunashm-{lunashm.__version__}.dist-info")
+    assert checks(comfyui)["comfyui python"].state is State.OK
 
 
 def test_doctor_of_no_checkout_fails_with_the_reason(cli, tmp_path):
