@@ -39,35 +39,40 @@ _HELP = {
 class Look:
     """What one look at the driver found; ``gpus`` only where all is well."""
 
-    def __init__(self, wanted: Wanted, proc: Path = Path("/proc")) -> None:
+    def __init__(self, wanted: Wanted, root: Path = Path("/")) -> None:
         self.wanted = wanted
         self.gpus: list[Gpu] = []
-        self._proc = proc
+        self._root = root
         self._broken = State.FAIL if wanted.on_gpu else State.WARN
 
     def driver(self) -> Check:
-        release = kernel_module(self._proc)
+        release, there = kernel_module(self._root), in_kernel(self._root)
         if not cuda.installed():
-            return self._without_library(release)
+            return self._without_library(release) if there else self._without_driver()
         if not cuda.bindings():
+            if not there:
+                return self._without_driver()
             text = f"{release or 'installed'}, but there are no cuda-bindings to call it with"
             return Check(NAME, self._broken, text, "python -m pip install 'lunashm[cuda]'")
         try:
             newest = cuda.newest()
             self.gpus = cuda.devices()
         except SettingsError as exc:
-            return self._without_gpus(release, exc)
+            return self._without_gpus(release, exc) if there else self._without_driver()
         except LunashmError as exc:
-            fix = next((fix for name, fix in _HELP.items() if name in exc.message), "nvidia-smi; dmesg | grep NVRM")
+            known = next((fix for name, fix in _HELP.items() if name in exc.message), "nvidia-smi; dmesg | grep NVRM")
+            fix = permission(self._root) or known
             return Check(NAME, self._broken, f"{release or 'installed'}, but {exc.message}", fix)
         found = f"{release or 'unknown release'}, CUDA up to {newest[0]}.{newest[1]}, cuda-bindings {cuda.bindings()}"
         return Check(NAME, State.OK, f"{found}, sees {count(len(self.gpus), 'GPU')}")
 
     def _without_library(self, release: str) -> Check:
-        if release:
-            text = f"kernel module {release}, but no libcuda.so.1 in this system or container"
-            fix = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility; else install the whole driver"
-            return Check(NAME, self._broken, text, fix)
+        text = f"in the kernel ({release or 'unknown release'}), but no libcuda.so.1 in this system or container"
+        fix = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility; else install the whole driver"
+        return Check(NAME, self._broken, text, fix)
+
+    def _without_driver(self) -> Check:
+        """Also where only the library is there, as in many a container's image."""
         text = "no NVIDIA driver: CPU memory only"
         if self.wanted.on_gpu:
             fix = f"install it, or use the CPU instead of {self.wanted.device}: lunashm serve --device cpu"
@@ -80,7 +85,8 @@ class Look:
         if hidden in ("", "-1") and not self.wanted.on_gpu:
             text = f"{release or 'installed'}; CUDA_VISIBLE_DEVICES hides all GPUs: CPU memory only"
             return Check(NAME, State.OK, text)
-        return Check(NAME, self._broken, text, "unset CUDA_VISIBLE_DEVICES" if hidden is not None else "nvidia-smi")
+        fix = "unset CUDA_VISIBLE_DEVICES" if hidden is not None else permission(self._root) or "nvidia-smi"
+        return Check(NAME, self._broken, text, fix)
 
     def configured(self) -> Gpu | None:
         """The GPU that is to be used; None for another device, or one that is not there."""
@@ -142,11 +148,26 @@ def describe(gpu: Gpu, chosen: bool, with_mps: bool) -> Check:
     return Check(place(gpu), State.OK, text)
 
 
-def kernel_module(proc: Path = Path("/proc")) -> str:
+# -- files of the driver -----------------------------------------------------------------------------------------------
+
+
+def kernel_module(root: Path = Path("/")) -> str:
     """The release of the driver's kernel module, such as 570.86.15; empty where it does not say (WSL2) or is absent."""
     try:
-        text = (proc / "driver" / "nvidia" / "version").read_text()
+        text = (root / "proc/driver/nvidia/version").read_text()
     except OSError:
         return ""
     found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
     return found[0] if found else "of an unknown release"
+
+
+def in_kernel(root: Path = Path("/")) -> bool:
+    """Whether there is anything that a library could talk to; on WSL2 that is Windows' own driver."""
+    return any((root / place).exists() for place in ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg"))
+
+
+def permission(root: Path = Path("/")) -> str:
+    """What opens the driver's device files to this user; empty where they are open."""
+    files = [*(root / "dev").glob("nvidia*[0-9]"), root / "dev/nvidiactl", root / "dev/nvidia-uvm"]
+    closed = [file for file in files if file.exists() and not os.access(file, os.R_OK | os.W_OK)]
+    return f"sudo usermod -aG $(stat -c %G {closed[0]}) $USER, and log in again" if closed else ""

@@ -9,6 +9,7 @@ from lunashm.cli.checks.check import State, Wanted, run
 from lunashm.memory.gpus import Gpu
 from tests.standin import build
 from tests.standin.peers import GPUS
+from tests.standin.process import Process
 
 A, B = GPUS
 COMPUTE_MODE, VMM, VMM_FD = 20, 102, 103
@@ -35,7 +36,7 @@ def look(wanted=None):
 def no_driver(monkeypatch):
     """Also where there is one."""
     monkeypatch.setattr(gpu.cuda, "installed", lambda: False)
-    monkeypatch.setattr(gpu, "kernel_module", lambda proc: "")
+    monkeypatch.setattr(gpu, "in_kernel", lambda root: False)
 
 
 def test_a_machine_without_a_gpu_is_healthy_and_says_so_in_one_line(no_driver):
@@ -140,21 +141,49 @@ def test_a_driver_that_cannot_be_used_is_named_with_what_helps(standin, error, f
     assert look(Wanted("cuda:0"))["GPU driver"].state is State.FAIL
 
 
-def test_hidden_gpus_are_no_fault_unless_one_is_to_be_used(standin, monkeypatch):
-    standin()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert look()["GPU driver"].state is State.OK
-    check = look(Wanted("cuda:0"))["GPU driver"]
-    assert (check.state, check.fix) == (State.FAIL, "unset CUDA_VISIBLE_DEVICES")
+ASK = "l = gpu.Look(Wanted(device), Path(root)); c = l.driver(); (c.state.value, c.detail, c.fix)"
+SETUP = "from pathlib import Path; from lunashm.cli.checks import gpu; from lunashm.cli.checks.check import Wanted"
 
 
-def test_a_driver_without_bindings_needs_the_extra(standin, monkeypatch, tmp_path):
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "__init__.py").touch()  # no bindings in this one
-    standin()
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{build.environment()['PYTHONPATH']}")
-    (check,) = look().values()
-    assert (check.state, check.fix) == (State.WARN, "python -m pip install 'lunashm[cuda]'")
+@pytest.fixture
+def root(tmp_path):
+    """A system with the driver's kernel module."""
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text("NVRM version: NVIDIA Kernel Module  550.54.15  Tue Mar 5\n")
+    return tmp_path
+
+
+def test_hidden_gpus_are_no_fault_unless_one_is_to_be_used(root):
+    with Process(CUDA_VISIBLE_DEVICES="") as process:
+        process(SETUP)
+        assert process(ASK, device="cpu", root=str(root))[0] == "ok"
+        state, detail, fix = process(ASK, device="cuda:0", root=str(root))
+        assert (state, fix) == ("fail", "unset CUDA_VISIBLE_DEVICES")
+        assert detail.startswith("550.54.15, but this process sees no NVIDIA GPU")
+
+
+def test_a_driver_without_gpus_is_a_warning_and_a_library_without_a_driver_is_nothing(root):
+    with Process(LUNASHM_STANDIN_DEVICES="0") as process:
+        process(SETUP)
+        assert process(ASK, device="cpu", root=str(root))[0::2] == ("warn", "nvidia-smi")
+        assert process(ASK, device="cpu", root=str(root / "none"))[1] == "no NVIDIA driver: CPU memory only"
+
+
+def test_a_driver_without_bindings_needs_the_extra(root):
+    (root / "cuda").mkdir()
+    (root / "cuda" / "__init__.py").touch()  # no bindings in this one
+    with Process(PYTHONPATH=f"{root}:{build.environment()['PYTHONPATH']}") as process:
+        process(SETUP)
+        assert process(ASK, device="cpu", root=str(root))[0::2] == ("warn", "python -m pip install 'lunashm[cuda]'")
+        assert process(ASK, device="cpu", root=str(root / "none"))[0] == "ok", "and no GPU"
+
+
+def test_device_files_that_are_closed_to_this_user_are_the_reason(root, monkeypatch):
+    (root / "dev").mkdir()
+    (root / "dev/nvidia0").touch()
+    assert gpu.permission(root) == ""
+    monkeypatch.setattr(gpu.os, "access", lambda path, mode: False)
+    assert gpu.permission(root).startswith(f"sudo usermod -aG $(stat -c %G {root}/dev/nvidia0)")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +194,12 @@ def test_a_driver_without_bindings_needs_the_extra(standin, monkeypatch, tmp_pat
         ("NVRM version: of a new kind", "of an unknown release"),
     ],
 )
-def test_a_kernel_module_without_its_library_is_a_container_without_gpus(tmp_path, monkeypatch, line, release):
-    (tmp_path / "driver" / "nvidia").mkdir(parents=True)
-    (tmp_path / "driver" / "nvidia" / "version").write_text(f"{line}\nGCC version: gcc 12\n")
-    assert gpu.kernel_module(tmp_path) == release
+def test_a_kernel_module_without_its_library_is_a_container_without_gpus(root, monkeypatch, line, release):
+    (root / "proc/driver/nvidia/version").write_text(f"{line}\nGCC version: gcc 12\n")
     monkeypatch.setattr(gpu.cuda, "installed", lambda: False)
-    check = gpu.Look(Wanted(), tmp_path).driver()
+    check = gpu.Look(Wanted(), root).driver()
     assert check.state is State.WARN
+    assert f"in the kernel ({release})" in check.detail
     assert "--gpus all" in check.fix
 
 
