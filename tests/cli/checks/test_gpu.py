@@ -123,8 +123,8 @@ def test_a_mig_instance_is_called_one(standin):
     standin(DEVICES=1, NAME="NVIDIA H100 MIG 1g.10gb", FAIL="cuIpcGetMemHandle=801:1")
     checks = look()
     assert A.replace("GPU", "MIG") in checks["cuda:0"].detail
-    assert "cuda-ipc does not work in it" in checks["cuda:0"].detail
-    assert "legacy CUDA IPC does not work" in checks["cuda:0 cuda-ipc"].detail
+    assert "CUDA IPC does not work between instances" in checks["cuda:0"].detail
+    assert "CUDA IPC does not work between GPU instances" in checks["cuda:0 cuda-ipc"].detail
     assert "cuda-vmm works, so nothing is missing" in checks["cuda:0 cuda-ipc"].detail
 
 
