@@ -135,8 +135,8 @@ def describe(gpu: Gpu, chosen: bool, with_mps: bool) -> Check:
     bad = State.FAIL if chosen else State.WARN
     mode = f"compute mode {gpu.compute_mode}"
     vmm = "VMM with file descriptors" if gpu.vmm_fd else "VMM without file descriptors" if gpu.vmm else "no VMM"
-    facts = [gpu.name, gpu.uuid, mode, vmm, *(["a MIG instance: CUDA IPC does not work between instances"] if gpu.mig else [])]
-    text = ", ".join(facts)
+    mig = ["a MIG instance: CUDA IPC does not work between instances"] if gpu.mig else []
+    text = ", ".join([gpu.name, gpu.uuid, mode, vmm, *mig])
     default = f"sudo nvidia-smi{'' if gpu.mig else f' -i {gpu.uuid}'} -c DEFAULT"  # of the GPU, not of a part of it
     if gpu.compute_mode == "prohibited":
         return Check(place(gpu), bad, f"{text}: no process may use it", default)
