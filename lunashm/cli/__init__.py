@@ -1,8 +1,8 @@
 """The ``lunashm`` command: what it can do, and how every failure becomes a message and an exit code.
 
 One noun a file: ``serve``; ``models`` (ps, show, unload); ``load``; ``files`` (ls); ``control`` (status, clients,
-stop); ``doctor`` with ``checks``; ``comfy`` with ``checkout``. ``exits`` has the exit codes, ``output`` the printing,
-``hosts`` which host is meant.
+stop); ``top`` with ``top_hosts``, ``top_table``, ``top_screen`` and ``top_log``; ``doctor`` with ``checks``; ``comfy``
+with ``checkout``. ``exits`` has the exit codes, ``output`` the printing, ``hosts`` which host is meant.
 
 Commands raise; only :func:`run` turns errors into output. No command imports torch: ``doctor`` has another
 process do that.
@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from lunashm import __version__
-from lunashm.cli import comfy, control, doctor, exits, files, load, models, output, serve
+from lunashm.cli import comfy, control, doctor, exits, files, load, models, output, serve, top
 from lunashm.errors import LunashmError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command()(load.load)
 app.command()(models.unload)
 app.command()(control.clients)
 app.command()(control.status)
+app.command()(top.top)
 app.command()(doctor.doctor)
 app.command()(control.stop)
 app.add_typer(comfy.app, name="comfy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, TypeVar
 
 import typer
@@ -22,6 +22,8 @@ EndpointFlag = Annotated[
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="The host of this device: cpu, cuda:N or a GPU's UUID.")
 ]
+
+NONE = "no lunashm host is running; start one with: lunashm serve"
 
 _Answer = TypeVar("_Answer", bound=Message)
 
@@ -44,15 +46,21 @@ def one(endpoint: str | None, device: str | None) -> Endpoint:
 
 def every(endpoint: str | None, device: str | None) -> list[Endpoint]:
     """All live hosts, or the one that is named. Raises HostUnavailable if there is none."""
-    if settings.load({"endpoint": endpoint}).endpoint or device is not None:
-        named = one(endpoint, device)
+    found = over_time(endpoint, device)()
+    if not found:
+        raise HostUnavailable(NONE)
+    for named in found:
         if find_host(named) is None:
             raise nobody_at(named)
-        return [named]
-    live = _live()
-    if not live:
-        raise HostUnavailable("no lunashm host is running; start one with: lunashm serve")
-    return live
+    return found
+
+
+def over_time(endpoint: str | None, device: str | None) -> Callable[[], list[Endpoint]]:
+    """Says whenever it is called which hosts are meant: all that live then, or the one that is named, live or not."""
+    if settings.load({"endpoint": endpoint}).endpoint or device is not None:
+        named = one(endpoint, device)
+        return lambda: [named]
+    return _live
 
 
 def _live() -> list[Endpoint]:

@@ -56,14 +56,14 @@ def fields(model: p.ModelInfo) -> dict[str, object]:
 
 def _row(model: p.ModelInfo) -> tuple[str, ...]:
     if model.state == "loading":
-        return (model.name, "-", size(model.nbytes), "-", model.rung, "-", "-", _loading_at(model))
+        return (model.name, "-", size(model.nbytes), "-", model.rung, "-", "-", loading_at(model))
     return (
         model.name, model.digest[:12], size(model.nbytes), dtypes(model), model.rung, str(model.clients),
         size(model.saved), model.until,
     )  # fmt: skip
 
 
-def _loading_at(model: p.ModelInfo) -> str:
+def loading_at(model: p.ModelInfo) -> str:
     """``loading 43% at 1.72 GB/s``."""
     speed = rate(model.loaded_nbytes, model.load_s)
     return f"loading {percent(model)}" + (f" at {speed}" if speed else "")
@@ -121,7 +121,7 @@ def _loading(connection: Connection, name: str) -> p.ModelInfo | None:
 
 def _state(model: p.ModelInfo) -> str:
     if model.state == "loading":
-        return f"{_loading_at(model)}, {size(model.nbytes)} in all"
+        return f"{loading_at(model)}, {size(model.nbytes)} in all"
     return f"{model.state}, until {model.until}"
 
 
