@@ -125,10 +125,10 @@ def _signed(nbytes: int) -> str:
 
 
 def _table(*names: str, right: tuple[str, ...]) -> Table:
-    """As ``ps`` has it, but every row is one line: numbers are never cut, words are where the screen ends."""
+    """As ``ps`` has it, but every row is one line: figures are never cut, names are where the screen ends."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in (*right, "UNTIL"))
     return table
 
 

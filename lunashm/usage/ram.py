@@ -59,9 +59,12 @@ def parse_rollup(text: bytes, shared: int) -> Ram | None:
         alone = found[b"Private_Clean"] + found[b"Private_Dirty"]
     except KeyError:
         return None
-    # The only process that maps a segment has it among its private pages. Those beside shared memory cannot be more
-    # than PSS beside shared memory; where nobody is alone with a segment, this changes nothing.
-    return Ram(pss, pss_shared, min(alone, pss - pss_shared), shared)
+    # A process that is the only one to map a segment has it among its private pages; how much that is the kernel does
+    # not say. The least it can be: whatever is not its alone counts at most half in PSS. And what it has beside shared
+    # memory, it has in PSS beside shared memory. The first is exact with up to two processes, the second errs by less
+    # than its part of libraries.
+    alone_with = max(0, 2 * pss_shared - shared)
+    return Ram(pss, pss_shared, max(0, min(alone - alone_with, pss - pss_shared)), shared)
 
 
 def resident(who: ProcessId) -> Resident | Unseen:
