@@ -33,7 +33,7 @@ def test_wrong_usage_is_2_and_a_json_value_where_one_is_wanted(cli, arguments):
     assert machine.json["error"]["code"] == "usage"
 
 
-@pytest.mark.parametrize("command", ["ps", "show x", "load x", "unload x", "clients", "status", "stop"])
+@pytest.mark.parametrize("command", ["ps", "show x", "load x", "unload x", "clients", "status", "top", "stop"])
 def test_without_a_host_every_command_says_how_to_start_one(cli, command):
     command = command.split()
     human = cli(*command)
