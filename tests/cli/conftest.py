@@ -20,7 +20,10 @@ import pytest
 
 from lunashm.cli import run
 
+from .terminal import Terminal
+
 ROOT = Path(__file__).resolve().parents[2]
+SERVE = ["-m", "lunashm", "serve", "--json"]
 DEADLINE_S = 60
 """For what takes seconds on an idle machine; only a broken program reaches it."""
 
@@ -160,6 +163,14 @@ def checkpoint(path: Path, tensors: int = 3, metadata: dict[str, str] | None = N
     return path
 
 
+def large(path: Path, nbytes: int = 40_000_000) -> Path:
+    """A safetensors file of one tensor that is seen among what a process uses."""
+    header = {"w": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\x01" * nbytes)
+    return path
+
+
 CLIENT = """
 import sys, lunashm.client
 with lunashm.client.attach(sys.argv[1], label="painter", endpoint=sys.argv[2]) as model:
@@ -177,3 +188,17 @@ def painter(lent: Program, models: Path) -> Iterator[Program]:
     client = Program(["-c", CLIENT, str(path), f"ipc://{lent.runtime}/second.sock"], lent.runtime).start()
     yield client
     client.end()
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    """``terminal(runtime, "--interval", "0.1", columns=80)``: ``top`` on a terminal."""
+    running: list[Terminal] = []
+
+    def start(runtime: Path, *flags: str, **options: Any) -> Terminal:
+        running.append(Terminal(runtime, *flags, **options))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()

@@ -1,41 +1,23 @@
-"""What ``top`` shows of real hosts and clients: once, on a terminal, and as a log."""
+"""What ``top`` shows of real hosts and clients, in one look and as a log."""
 
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
-import pty
-import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
 
 import pytest
 
 from lunashm.cli import exits
-from tests.standin.build import environment
-from tests.standin.peers import GPUS
 from tests.waiting import until
 
-from .conftest import CLIENT, ROOT, Program, checkpoint
+from .conftest import CLIENT, ROOT, SERVE, Program, checkpoint, large
 
-SERVE = ["-m", "lunashm", "serve", "--json"]
 TOP = ["-m", "lunashm", "top"]
-ON_ITS_TERMINAL = """
-import fcntl, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from lunashm.cli import main
-main()
-"""
-"""So that Ctrl-C and a resized window reach it as they do anywhere."""
-LEFT_SCREEN = "\x1b[?1049l"
 READER = """
 import sys, lunashm.client
 with lunashm.client.attach(sys.argv[1], label="reader") as model:
@@ -43,13 +25,6 @@ with lunashm.client.attach(sys.argv[1], label="reader") as model:
     print(total, flush=True)
     sys.stdin.read()
 """
-
-
-def large(path, nbytes=40_000_000):
-    header = {"w": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\x01" * nbytes)
-    return path
 
 
 @pytest.fixture
@@ -228,204 +203,3 @@ def test_hosts_and_clients_come_and_go_while_it_logs(log, runtime, tmp_path):
     with log.path.open() as file:
         states = {row["state"] for row in csv.DictReader(file) if row["row"] == "host"}
     assert {"up", "host_timeout", "host_lost"} <= states
-
-
-# -- on a terminal -----------------------------------------------------------------------------------------------------
-
-
-class Terminal:
-    """``top`` on a terminal of its own."""
-
-    SET_BY_SOME = ("COLUMNS", "LINES", "NO_COLOR")
-
-    def __init__(self, runtime, *flags, columns=60, **variables):
-        self._main, side = pty.openpty()
-        self.resize(columns)
-        environment = {name: value for name, value in os.environ.items() if name not in self.SET_BY_SOME}
-        environment |= {"LUNASHM_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ON_ITS_TERMINAL, "top", *flags], env=environment | variables, cwd=ROOT,
-            start_new_session=True, stdin=side, stdout=side, stderr=side,
-        )  # fmt: skip
-        os.close(side)
-        self.output = ""
-
-    def resize(self, columns):
-        fcntl.ioctl(self._main, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-
-    def read(self):
-        """All it has written by now."""
-        while select.select([self._main], [], [], 0)[0]:
-            try:
-                self.output += os.read(self._main, 1 << 16).decode()
-            except OSError:  # the other side is closed
-                break
-        return self.output
-
-    def end(self, number=None):
-        """Ctrl-C, or a signal: its exit code, and what it left on the ordinary screen."""
-        if number is None:
-            os.write(self._main, b"\x03")
-        else:
-            self.process.send_signal(number)
-        until(lambda: self.read() is not None and self.process.poll() is not None, "top ends")
-        left = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.read().rpartition(LEFT_SCREEN)[2])
-        return self.process.returncode, left.replace("\r\n", "\n")
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._main)
-
-
-@pytest.fixture
-def terminal():
-    running = []
-
-    def start(runtime, *flags, **options):
-        running.append(Terminal(runtime, *flags, **options))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
-
-
-def test_ctrl_c_ends_with_0_and_the_last_table_stays(painter, lent, terminal):
-    top = terminal(lent.runtime)
-    until(lambda: f"{painter.process.pid}" in top.read(), "the client is shown")
-    code, left = top.end()
-    assert code == 0
-    assert left.startswith(f"cpu: posix, host pid {lent.process.pid}")
-    assert "painter" in left
-    assert "Traceback" not in top.output
-    assert max(map(len, left.splitlines())) <= 60
-
-
-def test_being_terminated_gives_the_screen_back(painter, lent, terminal):
-    top = terminal(lent.runtime, "--interval", "100")
-    until(lambda: f"{painter.process.pid}" in top.read(), "the client is shown")
-    code, left = top.end(signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM
-    assert "painter" in left
-
-
-def test_a_resized_window_is_drawn_anew_at_once(painter, lent, terminal):
-    top = terminal(lent.runtime, "--interval", "100")
-    until(lambda: f"{painter.process.pid}" in top.read(), "the client is shown")
-    assert "LABEL" not in top.read(), "a narrow screen"
-    top.resize(100)
-    until(lambda: "LABEL" in top.read(), "it is drawn as wide as the window is now")
-    assert top.end()[0] == 0
-
-
-def test_no_colour_is_used_where_none_is_wanted(painter, lent, terminal):
-    top = terminal(lent.runtime, NO_COLOR="1")
-    until(lambda: f"{painter.process.pid}" in top.read(), "the client is shown")
-    top.end()
-    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", top.output)
-
-
-def test_a_terminal_without_a_host_is_told_so_and_waits(terminal, runtime, tmp_path):
-    top = terminal(runtime, "--interval", "0.1")
-    until(lambda: "lunashm serve" in top.read(), "it says how to start one")
-    host = Program([*SERVE, "--root", str(tmp_path)], runtime).start()
-    until(lambda: f"host pid {host.process.pid}" in top.read().replace("\x1b[0m", ""), "it sees the host that starts")
-    host.end()
-    until(lambda: "is gone" in top.read(), "and that it went")
-    code, left = top.end()
-    assert code == 0
-    assert "is gone" in left
-
-
-# -- GPUs --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu_host(runtime, tmp_path):
-    command = [sys.executable, *SERVE, "--root", str(tmp_path), "--device", "cuda:1"]
-    variables = environment(LUNASHM_RUNTIME_DIR=str(runtime))
-    process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert json.loads(process.stdout.readline())["device"] == GPUS[1]
-    yield process
-    process.terminate()
-    process.wait(20)
-    process.stdout.close()
-
-
-def look(runtime, nvml=True, **said):
-    """``top --json`` on the stand-ins."""
-    variables = {f"LUNASHM_STANDIN_NVML_{name}": value for name, value in said.items()}
-    done = subprocess.run(
-        [sys.executable, *TOP, "--json"], cwd=ROOT, capture_output=True, text=True, check=True,
-        env=environment(nvml=nvml, LUNASHM_RUNTIME_DIR=str(runtime), **variables),
-    )  # fmt: skip
-    (host,) = json.loads(done.stdout)["hosts"]
-    return host
-
-
-GPU_CLIENT = """
-import sys
-from lunashm.client.session import session_for
-from lunashm.paths import Endpoint
-session = session_for(Endpoint.for_device(sys.argv[1]), kind="test", label="on a GPU")
-held = session.attach(sys.argv[2], (), 60.0)
-print("attached", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_gpus_memory_is_that_of_the_hosts_device(gpu_host, runtime, tmp_path):
-    path = large(tmp_path / "large.safetensors")
-    command = [sys.executable, "-c", GPU_CLIENT, GPUS[1], str(path)]
-    variables = environment(LUNASHM_RUNTIME_DIR=str(runtime))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    client = subprocess.Popen(command, env=variables, cwd=ROOT, text=True, **pipes)
-    try:
-        assert client.stdout.readline() == "attached\n"
-        listed = f"0:{gpu_host.pid}=1,1:{gpu_host.pid}=600000000,1:{client.pid}=-1"
-        host = look(runtime, USED="0=111,1=5000000000", PROCESSES=listed)
-    finally:
-        client.communicate("")
-    device = host["device"]
-    assert (device["used_nbytes"], device["total_nbytes"], device["delta_nbytes"]) == (5 * 10**9, 80 * 10**9, 0)
-    assert host["weights_nbytes"] >= 40_000_000
-    assert device["beyond_nbytes"] == 5 * 10**9 - host["weights_nbytes"]
-    own, other = host["processes"]
-    assert (own["nvml_nbytes"], own["peak_nbytes"], own["unseen"]) == (600_000_000, 600_000_000, "")
-    assert (other["nvml_nbytes"], other["unseen"]) == (None, "NVML has no figure for it")
-    assert (other["shared_nbytes"], other["models"]) == (40_000_000, ["large.safetensors"])
-    assert host["ram"] is None
-
-
-@pytest.mark.parametrize(
-    ("nvml", "said", "reason"),
-    [(False, {}, "libnvidia-ml.so.1"), (True, {"FAIL": "nvmlInitWithFlags=9"}, "Driver Not Loaded")],
-)
-def test_a_gpu_without_nvml_is_shown_with_the_reason(gpu_host, runtime, nvml, said, reason):
-    host = look(runtime, nvml, **said)
-    assert (host["state"], host["device"]) == ("up", None)
-    assert reason in host["unseen"]
-
-
-def test_the_device_is_compared_with_what_it_had_before_the_host_came(runtime, tmp_path, terminal):
-    """And what is the same all the time is 0."""
-    variables = environment(nvml=True, LUNASHM_STANDIN_NVML_USED="1=5000000000", LUNASHM_RUNTIME_DIR=str(runtime))
-    del variables["PYTHONPATH"]
-    top = terminal(runtime, "--interval", "0.1", columns=100, **variables)
-    until(lambda: "lunashm serve" in top.read(), "it watches")
-    began = time.time()
-    command = [*SERVE, "--root", str(tmp_path), "--device", "cuda:1"]
-    variables = environment(LUNASHM_RUNTIME_DIR=str(runtime))
-    host = subprocess.Popen([sys.executable, *command], env=variables, cwd=ROOT, stdout=subprocess.PIPE)
-    try:
-        host.stdout.readline()
-        until(lambda: "beyond the shared weights" in top.read(), "the device is shown")
-        since = re.search(r"\+0 B since (\d\d:\d\d:\d\d), 5.00 GB beyond", top.read())
-        assert since, top.read()
-        assert since[1] <= time.strftime("%H:%M:%S", time.localtime(began))
-    finally:
-        host.terminate()
-        host.wait(20)
-        host.stdout.close()
-    assert top.end()[0] == 0
