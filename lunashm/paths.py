@@ -75,6 +75,14 @@ class Endpoint:
         return name if name == "cpu" or name.startswith(("GPU-", "MIG-")) else ""
 
     @property
+    def flag(self) -> str:
+        """What a command is given to mean the host of this endpoint: `` --device GPU-...``, empty for the CPU's own."""
+        device = self.device
+        if not device or self != Endpoint.for_device(device):
+            return f" --endpoint {self.url}"
+        return "" if device == "cpu" else f" --device {device}"
+
+    @property
     def _stem(self) -> str:
         return self.url.removesuffix(".sock")
 
@@ -133,7 +141,8 @@ class HostLock:
                 holder = find_host(self._endpoint)
                 who = f"pid {holder.pid}" if holder else "another process"
                 raise AlreadyServing(
-                    f"{who} already serves {self._endpoint.url}; use it as it is, or stop it first (lunashm stop)"
+                    f"{who} already serves {self._endpoint.url}; use it as it is, or stop it first "
+                    f"(lunashm stop{self._endpoint.flag})"
                 ) from None
         self._fd = fd
         os.ftruncate(fd, 0)  # what a killed host left there: nobody may take it for us while we start
@@ -186,11 +195,10 @@ def found_in(published: bytes) -> str:
 
 def nobody_at(endpoint: Endpoint) -> HostUnavailable:
     """That no host lives at ``endpoint``, which hosts there are instead, and how to start the one that is missing."""
-    others = [host.device_name for other in all_endpoints() if (host := find_host(other)) is not None]
+    found = [(host.device_name, other.flag) for other in all_endpoints() if (host := find_host(other)) is not None]
+    others = [f"{name} ({flag.strip() or '--device cpu'})" for name, flag in found]
     there = f", there are hosts for {' and '.join(others)}" if others else ""
-    device = endpoint.device
-    flag = "" if device in ("", "cpu") else f" --device {device}"
-    return HostUnavailable(f"no lunashm host at {endpoint.url}{there}; start one with: lunashm serve{flag}")
+    return HostUnavailable(f"no lunashm host at {endpoint.url}{there}; start one with: lunashm serve{endpoint.flag}")
 
 
 def all_endpoints() -> list[Endpoint]:

@@ -73,7 +73,7 @@ def test_who_finds_no_host_is_told_which_there_are_and_how_to_start_one(endpoint
     lock.acquire()
     lock.publish(msgspec.structs.replace(HOST, device_name="cuda:1, NVIDIA H100"))
     try:
-        assert ", there are hosts for cuda:1, NVIDIA H100; start one with" in str(nobody_at(missing))
+        assert ", there are hosts for cuda:1, NVIDIA H100 (--device cpu); start one with" in str(nobody_at(missing))
     finally:
         lock.release()
     assert str(nobody_at(endpoint)).endswith("cpu.sock; start one with: lunashm serve")

@@ -68,8 +68,9 @@ def load(
     wanted = [*(COMFYUI_CPU if for_ == "comfyui" else ()), *(dtype or [])]
     request = p.Load(path, rules(wanted), wait_s)
     bar = _Bar(path)
+    address = one(endpoint, device)
     with contextlib.ExitStack() as stack:
-        connection = Connection(one(endpoint, device), on_event=bar.follow)
+        connection = Connection(address, on_event=bar.follow)
         stack.callback(connection.close)
         if not as_json and bar.visible:
             stack.enter_context(bar.progress)
@@ -84,7 +85,10 @@ def load(
             return
         except KeyboardInterrupt:
             stack.close()
-            output.note(f"{path} goes on loading in the host; stop that with: lunashm unload {Path(path).name}")
+            output.note(
+                f"{path} goes on loading in the host; stop that with: "
+                f"lunashm unload{address.flag} {Path(path).name}"
+            )
             raise
     model = reply.model
     text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {_took(model)}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -12,8 +15,12 @@ from lunashm import protocol as p
 from lunashm.cli.hosts import DeviceFlag, EndpointFlag, ask, ask_once, connected, every, one
 from lunashm.cli.output import AsJson, Output, add, columns, count, duration, facts, rate, size
 from lunashm.client.connection import Connection
-from lunashm.errors import ModelNotFound
+from lunashm.errors import LunashmError, ModelNotFound
 from lunashm.manifest import TensorSpec
+from lunashm.memory import CPU
+from lunashm.paths import Endpoint
+
+_Answer = TypeVar("_Answer")
 
 Name = Annotated[str, typer.Argument(help="Name, path, or the first 4 or more characters of the digest.")]
 
@@ -31,19 +38,25 @@ def ps(endpoint: EndpointFlag = None, device: DeviceFlag = None, as_json: AsJson
     output = Output(as_json)
     if not models:
         where = ", ".join(f"{s.host.endpoint} (pid {s.host.pid})" for s in statuses)
-        output.result(value, f"no models are loaded at {where}; load one with: lunashm load FILE")
+        flag = Endpoint.parse(statuses[0].host.endpoint).flag
+        output.result(value, f"no models are loaded at {where}; load one with: lunashm load{flag} FILE")
         return
-    several = len(statuses) > 1
+    several = len(statuses) > 1 or any(status.host.device != CPU for status in statuses)
     table = columns(
         *(["DEVICE"] if several else []), "NAME", "DIGEST", "SIZE", "DTYPE", "MEMORY", "CLIENTS", "SAVED", "UNTIL",
         right=("SIZE", "CLIENTS", "SAVED"),
     )  # fmt: skip
     for host, model in models:
-        add(table, *([host.device_name] if several else []), *_row(model))
+        add(table, *([short_device(host.device)] if several else []), *_row(model))
     shared = sum(status.shared_nbytes for status in statuses)
     clients = sum(status.clients for status in statuses)
     total = f"saved {size(saved)}: {count(clients, 'client')}, {size(shared)} of shared memory"
     output.result(value, table, total)
+
+
+def short_device(device: str) -> str:
+    """Enough of a UUID to be a ``--device`` on any machine; ordinals are each process's own."""
+    return device if device == CPU else device[:12]
 
 
 def _where(host: p.HostInfo) -> dict[str, object]:
@@ -87,9 +100,10 @@ def show(
 ) -> None:
     """Show what is known of one loaded model and who holds it."""
     output = Output(as_json)
-    with connected(one(endpoint, device)) as connection:
+    address = one(endpoint, device)
+    with connected(address) as connection:
         try:
-            detail = ask(connection, p.ShowModel(name), p.ModelDetail)
+            detail = by_name(address, name, lambda each: ask(connection, p.ShowModel(each), p.ModelDetail))
         except ModelNotFound:
             model = _loading(connection, name)
             if model is None:
@@ -117,6 +131,29 @@ def show(
 def _loading(connection: Connection, name: str) -> p.ModelInfo | None:
     models = ask(connection, p.ListModels(), p.Models).models
     return next((m for m in models if m.state == "loading" and name in (m.name, m.path)), None)
+
+
+def by_name(address: Endpoint, name: str, ask_for: Callable[[str], _Answer]) -> _Answer:
+    """Ask for a model as it was named; as a path from here, where that is one. Raises ModelNotFound, saying which other
+    host has such a model."""
+    try:
+        return ask_for(name)
+    except ModelNotFound as exc:
+        path = os.path.realpath(Path(name).expanduser())
+        if "/" in name and path != name and Path(path).exists():
+            return ask_for(path)
+        flags = [other.flag or " --device cpu" for other in every(None, None) if other != address and _has(other, name)]
+        if not flags:
+            raise
+        raise ModelNotFound(f"{exc.message}; another host has it: add {' or'.join(flags).strip()}") from None
+
+
+def _has(endpoint: Endpoint, name: str) -> bool:
+    try:
+        models = ask_once(endpoint, p.ListModels(), p.Models).models
+    except LunashmError:
+        return False
+    return any(name in (model.name, model.path) for model in models)
 
 
 def _state(model: p.ModelInfo) -> str:
@@ -172,7 +209,9 @@ def unload(
     as_json: AsJson = False,
 ) -> None:
     """Give a model's memory back; refused while clients hold it."""
-    reply = ask_once(one(endpoint, device), p.Unload(name, force), p.Unloaded)
+    address = one(endpoint, device)
+    with connected(address) as connection:
+        reply = by_name(address, name, lambda each: ask(connection, p.Unload(each, force), p.Unloaded))
     model = reply.model
     if model.state == "loading":
         text = f"stopped loading {model.name} at {percent(model)}"

@@ -78,6 +78,10 @@ class Attachment:
         attachment.shared = True
         return attachment
 
+    def __repr__(self) -> str:
+        where = f"shared, lease {self.lease}" if self.shared else f"private: {self.reason}"
+        return f"<Attachment of {self._manifest.name}, {len(self._manifest.tensors)} tensors, {where}>"
+
     def __enter__(self) -> Attachment:
         return self
 

@@ -38,19 +38,28 @@ def devices() -> list[Gpu]:
     if not found:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "is there one in nvidia-smi?" if chosen is None else f"CUDA_VISIBLE_DEVICES is {chosen!r}"
-        raise SettingsError(f"this process sees no NVIDIA GPU ({why}); use --device cpu")
+        raise SettingsError(f"this process sees no NVIDIA GPU ({why}); use cpu")
     return found
 
 
 def resolve(device: str) -> str:
     """``cpu``, or the UUID of what ``cuda``, ``cuda:N`` or the start of a UUID names. Raises SettingsError."""
-    if device == CPU:
+    named = device.lower() if device.lower().startswith((CPU, "cuda")) else device
+    if named == CPU:
         return CPU
     try:
         found = devices()
     except SettingsError as exc:
-        raise SettingsError(f"device {device!r} cannot be used: {exc.message}") from exc
-    return gpus.pick(device, found).uuid
+        if not gpus.may_name(named):
+            raise SettingsError(f"there is no device {device!r}; use cpu, cuda, cuda:N or a UUID (GPU-...)") from None
+        raise SettingsError(f"device {device!r} cannot be used: {exc.message}") from None
+    try:
+        return gpus.pick(named, found).uuid
+    except SettingsError as exc:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is None:
+            raise
+        raise SettingsError(f"{exc.message} (CUDA_VISIBLE_DEVICES is {visible!r})") from None
 
 
 def describe(uuid: str) -> str:
@@ -147,11 +156,14 @@ def _call(name: str, *arguments: object) -> tuple[str | None, tuple[Any, ...]]:
     try:
         result, *values = getattr(driver, name)(*arguments)
     except (RuntimeError, AttributeError) as exc:  # the bindings' words for a library or a function that is not there
+        if type(exc).__name__ == "DynamicLibNotFoundError":
+            raise SettingsError(
+                "there is no NVIDIA driver on this machine (libcuda.so.1 is not found); install it, or use cpu"
+            ) from None
         words = str(exc).strip().rstrip(".").partition("\n")[0]
         raise SettingsError(
-            f"NVIDIA's driver (libcuda.so.1) cannot be called ({name}: {words}); install it, or a newer one, or use "
-            "--device cpu"
-        ) from exc
+            f"NVIDIA's driver (libcuda.so.1) cannot be called ({name}: {words}); install a newer one, or use cpu"
+        ) from None
     except (ValueError, KeyError) as exc:  # the bindings do not know the code
         return f"an error newer than cuda-bindings ({exc})", ()
     return (result.name if result.value else None), tuple(values)
@@ -174,7 +186,8 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver  # noqa: PLC0415 - not before a GPU is wanted
     except ImportError as exc:
-        raise SettingsError(f"GPUs need cuda-bindings ({exc}); install it: pip install 'lunashm[cuda]'") from exc
+        advice = "install it: python -m pip install cuda-bindings"
+        raise SettingsError(f"GPUs need cuda-bindings ({exc}); {advice}") from None
     return driver
 
 

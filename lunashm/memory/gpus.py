@@ -34,6 +34,11 @@ class Gpu:
         return f"cuda:{self.ordinal} {self.name}"
 
 
+def may_name(device: str) -> bool:
+    """Whether a GPU could be called so."""
+    return bool(_ORDINAL.fullmatch(device) or _UUID.fullmatch(device))
+
+
 def pick(device: str, gpus: Sequence[Gpu]) -> Gpu:
     """What ``cuda``, ``cuda:N`` or the start of a UUID names. Raises SettingsError."""
     ordinal = _ORDINAL.fullmatch(device)
@@ -65,4 +70,4 @@ def listing(gpus: Sequence[Gpu]) -> str:
     return ", ".join(f"cuda:{gpu.ordinal}, {gpu.name} ({gpu.uuid})" for gpu in gpus) or "no GPU"
 
 
-__all__ = ["Gpu", "find", "listing", "pick"]
+__all__ = ["Gpu", "find", "listing", "may_name", "pick"]

@@ -101,7 +101,7 @@ class MemfdRung:
     def _no_room(self, nbytes: int, free: int) -> OutOfSharedMemory:
         return OutOfSharedMemory(
             f"RAM has no room: {size(nbytes)} needed, {size(free)} free of {size(ram.total())}; unload a model, or "
-            "raise the container's memory limit"
+            "close other programs (in a container: raise its memory limit)"
         )
 
 

@@ -127,10 +127,12 @@ class PosixRung:
         return SharedMemoryError(f"{doing} failed: {exc}")
 
     def _no_room(self, nbytes: int, free: int) -> OutOfSharedMemory:
+        needed = f"{size(nbytes)} needed, {size(free)} free"
+        if shm_free() > ram.available():
+            return OutOfSharedMemory(f"RAM has no room: {needed}; unload a model, or close other programs")
         return OutOfSharedMemory(
-            f"{_DIRECTORY} has no room: {size(nbytes)} needed, {size(free)} free of {size(shm_total())} "
-            "(RAM counts too); unload a model, or enlarge it: mount -o remount,size=SIZE /dev/shm "
-            "(docker: --shm-size SIZE), or do without it: lunashm serve --memory memfd"
+            f"{_DIRECTORY} has no room: {needed} of {size(shm_total())}; unload a model, or enlarge it: mount -o "
+            "remount,size=SIZE /dev/shm (docker: --shm-size SIZE), or do without it: lunashm serve --memory memfd"
         )
 
 

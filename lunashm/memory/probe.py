@@ -1,7 +1,7 @@
 """Which rung works here: found out by a real round trip between two processes, never by reading version numbers.
 
-``python -m lunashm.memory.probe`` is the other process: it opens what it is given and sends back what it reads. Neither
-loads torch.
+``python -P -m lunashm.memory.probe`` is the other process: it opens what it is given and sends back what it reads. -P
+keeps files of the working directory from being imported. Neither loads torch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class Choice:
     def fallback(self) -> str:
         """Why it is not the one that is taken as a rule; empty where it is."""
         before = self.verdicts[: [verdict.works for verdict in self.verdicts].index(True)]
-        return "; ".join([*([self.note] if self.note else []), *map(str, before)])
+        reasons = [*([self.note] if self.note else []), *map(str, before)]
+        if reasons and not self.rung.outlives_host:
+            reasons.append("mind that a client's write reaches every client, and that the memory dies with the host")
+        return "; ".join(reasons)
 
 
 def choose(memory: str, device: str) -> Choice:
@@ -81,6 +84,8 @@ def choose(memory: str, device: str) -> Choice:
 
     Raises SettingsError, with all reasons, where none does; WrongDevice for a GPU that is not there.
     """
+    if memory not in ("auto", *(ON_CPU if device == CPU else ON_GPU)):
+        raise SettingsError(_misplaced(memory, device))
     names, note = candidates(device) if memory == "auto" else ((memory,), "")
     verdicts: list[Verdict] = []
     for name in names:
@@ -93,6 +98,13 @@ def choose(memory: str, device: str) -> Choice:
             return Choice(rung_for(verdict.rung, device), tuple(verdicts), note)
     reasons = "; ".join(map(str, verdicts))
     raise SettingsError(f"memory of {device} cannot be shared between processes: {reasons}")
+
+
+def _misplaced(memory: str, device: str) -> str:
+    """Why a rung of the other kind of device cannot be taken, and what to do."""
+    if device == CPU:
+        return f"memory {memory!r} is a GPU's, and the device is cpu: name one (--device cuda:0), or use --memory auto"
+    return f"memory {memory!r} is the CPU's, and the device is {cuda.describe(device)}: use --memory auto"
 
 
 def candidates(device: str) -> tuple[tuple[str, ...], str]:
@@ -139,7 +151,7 @@ def _ask_other(segment: Segment) -> _Seen:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, contextlib.ExitStack() as stack:
         with theirs:
-            command = [sys.executable, "-m", "lunashm.memory.probe", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", "lunashm.memory.probe", str(theirs.fileno())]
             child = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
             )

@@ -90,7 +90,7 @@ def test_device_that_there_is_not_is_named_beside_those_that_there_are(serve: Se
 
 def test_machine_without_a_gpu_is_told_so(serve: Serve) -> None:
     message = serve("--device", "cuda", CUDA_VISIBLE_DEVICES="").ready["error"]["message"]
-    why = "this process sees no NVIDIA GPU (CUDA_VISIBLE_DEVICES is ''); use --device cpu"
+    why = "this process sees no NVIDIA GPU (CUDA_VISIBLE_DEVICES is ''); use cpu"
     assert message == f"device 'cuda' cannot be used: {why}"
 
 
@@ -123,7 +123,8 @@ def test_client_on_a_gpu_without_a_host_is_told_which_hosts_there_are(
     serve: Serve, connect: Connect, path: Path
 ) -> None:
     serve("--device", "cuda:1")
-    with pytest.raises(HostUnavailable, match=r"there are hosts for cuda:1, Stand-in GPU 1; .*--device GPU-"):
+    there = r"there are hosts for cuda:1, Stand-in GPU 1 \(--device GPU-.*\); start one with: .*--device GPU-"
+    with pytest.raises(HostUnavailable, match=there):
         connect()("attach(path, device='cuda:0')", path=str(path))
 
 

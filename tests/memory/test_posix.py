@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lunashm.errors import OutOfSharedMemory, SegmentGone, SettingsError, SharedMemoryError
-from lunashm.memory import ram, rung_for
+from lunashm.memory import posix, ram, rung_for
 from lunashm.memory.posix import PosixRung
 from lunashm.protocol import Handle
 from tests.conftest import SHM, orphans, segments
@@ -84,8 +84,11 @@ def test_error_says_how_to_make_room(
     rung: PosixRung, monkeypatch: pytest.MonkeyPatch, nothing_left: None
 ) -> None:
     before = segments()
-    monkeypatch.setattr(ram, "available", lambda: 50_000_000)
-    with pytest.raises(OutOfSharedMemory, match=r"64\.0 MB needed, 50\.0 MB free of .*--shm-size"):
+    monkeypatch.setattr(posix, "shm_free", lambda: 50_000_000)
+    with pytest.raises(OutOfSharedMemory, match=r"64\.0 MB needed, 50\.0 MB free of .*--shm-size.*--memory memfd"):
+        rung.allocate(64_000_000)
+    monkeypatch.setattr(ram, "available", lambda: 40_000_000)  # another kind of shared memory would not help
+    with pytest.raises(OutOfSharedMemory, match=r"RAM has no room: 64\.0 MB needed, 40\.0 MB free; unload a model"):
         rung.allocate(64_000_000)
     assert orphans(segments() - before) == set()  # nothing was written, nothing is left
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,16 @@ def test_probing_leaves_nothing(name: str) -> None:
     assert probe.probe(name, "cpu").works
     assert segments() <= before
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("memory", ["cuda-vmm", "cuda-ipc"])
+def test_kind_of_memory_that_the_device_does_not_have_is_refused(memory: str) -> None:
+    with pytest.raises(SettingsError, match=f"'{memory}' is a GPU's, and the device is cpu: .*--device cuda:0.*auto"):
+        probe.choose(memory, "cpu")
+
+
+def test_files_of_the_working_directory_are_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The other process starts where the host was started, whatever lies there."""
+    (tmp_path / "re.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(tmp_path)
+    assert probe.probe("memfd", "cpu").works

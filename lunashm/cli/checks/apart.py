@@ -36,7 +36,8 @@ class _Line(msgspec.Struct, omit_defaults=True):
 
 def run(noun: str, wanted: Wanted) -> Iterator[Check]:
     """All checks of one noun, as they are made."""
-    yield from follow(noun, [sys.executable, "-m", "lunashm.cli.checks", noun, msgspec.json.encode(wanted).decode()])
+    wish = msgspec.json.encode(wanted).decode()
+    yield from follow(noun, [sys.executable, "-P", "-m", "lunashm.cli.checks", noun, wish])
 
 
 def follow(name: str, command: list[str]) -> Iterator[Check]:
