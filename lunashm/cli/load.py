@@ -15,12 +15,20 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lunashm import protocol as p
 from lunashm import settings
-from lunashm.cli.hosts import DeviceFlag, EndpointFlag, one
+from lunashm.cli.hosts import DeviceFlag, EndpointFlag, ask, one
 from lunashm.cli.models import dtypes
 from lunashm.cli.output import AsJson, Output, clean, console, count, is_text, rate, size
 from lunashm.client.access import explained
 from lunashm.client.connection import REPLY_S, Connection
-from lunashm.errors import HostTimeout, LunashmError, ModelNotReady, PathNotAllowed, UnsupportedFormat, from_code
+from lunashm.errors import (
+    HostTimeout,
+    LunashmError,
+    ModelNotFound,
+    ModelNotReady,
+    PathNotAllowed,
+    UnsupportedFormat,
+    from_code,
+)
 from lunashm.manifest import DtypeRule, check_rules
 
 _LOOK_S = 0.2
@@ -90,10 +98,25 @@ def load(
                 f"lunashm unload{address.flag} {Path(path).name}"
             )
             raise
+        unused = _unused(connection, reply.model, dtype or [])
     model = reply.model
+    if unused:
+        output.note(f"no tensor's name begins with {' or '.join(map(repr, unused))}: that --dtype changed nothing")
     text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {_took(model)}"
     text += f": {count(model.tensors, 'tensor')}, {size(model.nbytes)} {dtypes(model)}, blake3 {model.digest[:12]}"
     output.result({"model": model, "was_loaded": reply.was_loaded}, text)
+
+
+def _unused(connection: Connection, model: p.ModelInfo, texts: list[str]) -> list[str]:
+    """The prefixes among ``texts`` that no tensor of the model has; none where the host forgot it meanwhile."""
+    prefixes = [rule.prefix for rule in rules(texts) if rule.prefix]
+    if not prefixes:
+        return []
+    try:
+        names = [spec.name for spec in ask(connection, p.ShowModel(model.name), p.ModelDetail).manifest.tensors]
+    except ModelNotFound:
+        return []
+    return [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
 
 
 def _took(model: p.ModelInfo) -> str:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from lunashm import __version__
 from lunashm import protocol as p
-from lunashm.errors import HostLost, LunashmError, ModelInUse, NotRegistered, SettingsError
+from lunashm.errors import HostLost, LunashmError, ModelInUse, ModelNotFound, NotRegistered, SettingsError
 from lunashm.host.arena import Arena
 from lunashm.host.board import Snapshot
 from lunashm.host.catalog import Catalog, Generation, State
@@ -205,11 +205,16 @@ class Service:
 
     def _unload(self, name: str, force: bool) -> p.Message:
         job = self._loads.cancel(name)
-        if job is not None:
+        try:
+            generation = self._catalog.find(name)
+        except ModelNotFound:
+            if job is None:
+                raise
             return p.Unloaded(self._reports.job(job), freed=True, told=())
-        generation = self._catalog.find(name)
         held = self._reports.leases(generation.id)
         if held and not force and generation.state is State.READY:
+            if job is not None:  # the same file in other dtypes: that much could be done
+                return p.Unloaded(self._reports.job(job), freed=True, told=())
             who = ", ".join(sorted({f"{i.label or i.kind} (pid {i.pid})" for i in held}))
             raise ModelInUse(f"{name} is in use by {who}; close them, or ask them to let go with --force")
         info = self._reports.model(generation)

@@ -33,6 +33,13 @@ def test_load_converts_by_prefix(cli, models):
     assert model["dtypes"] == {"F32": 64, "BF16": 64}
 
 
+def test_prefix_that_no_tensor_has_is_named(cli, models):
+    path = checkpoint(models / "b.safetensors")
+    result = cli("load", path, "--dtype", "zz.=BF16", "--dtype", "layer0.=F32")
+    assert "no tensor's name begins with 'zz.': that --dtype changed nothing" in result.err
+    assert "layer0." not in result.err
+
+
 def test_wait_0_starts_the_load_and_returns(cli, models):
     path = checkpoint(models / "later.safetensors")
     assert cli("load", path, "--wait", "0", "--json").json == {"path": str(path), "state": "loading"}

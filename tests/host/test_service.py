@@ -441,6 +441,28 @@ def test_unloading_what_is_being_loaded_cancels_it_at_once(bench: Bench) -> None
     assert len(bench.rung.segments) == 1
 
 
+def test_unloading_a_file_that_is_there_and_being_loaded_again_ends_both(bench: Bench) -> None:
+    """In other dtypes it is a model of its own with the same name."""
+    path = bench.file()
+    bench.send(p.Load(path, AS_STORED, 60.0))
+    bench.work()
+    waiting = bench.send(p.Load(path, (DtypeRule("", "F16"),), 60.0))
+    assert bench.ask(p.Unload("m.safetensors", False), p.Unloaded).model.state == "ready"
+    reply = bench.answer(waiting)
+    assert isinstance(reply, p.ErrorReply)
+    assert reply.code == "load_cancelled"
+    bench.work()
+    assert bench.models() == ()
+
+
+def test_loading_again_what_is_in_use_can_be_cancelled(bench: Bench) -> None:
+    path = bench.file()
+    bench.attach(bench.client(), path)
+    bench.send(p.Load(path, (DtypeRule("", "F16"),), 60.0))
+    assert bench.ask(p.Unload("m.safetensors", False), p.Unloaded).model.state == "loading"
+    assert bench.refused(p.Unload("m.safetensors", False)) == "model_in_use"
+
+
 def test_load_that_ends_just_as_it_is_cancelled_is_freed(bench: Bench) -> None:
     bench.send(p.Load(bench.file(), AS_STORED, 60.0))
     job = bench.worker.jobs.pop()
