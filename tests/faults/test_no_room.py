@@ -38,7 +38,7 @@ def test_model_that_does_not_fit_is_refused_with_the_sizes_and_one_that_fits_is_
     large, small = cramped.models / "large.safetensors", cramped.models / "small.safetensors"
     checkpoints.write(large, {"a": ("U8", (6_000_000,))})
     checkpoints.write(small, {"a": ("U8", (3_000_000,))})
-    with pytest.raises(OutOfSharedMemory, match=r"6\.0 MB needed, 4\.2 MB free of 4\.2 MB .*--shm-size"):
+    with pytest.raises(OutOfSharedMemory, match=r"6\.0 MB needed, 4\.2 MB free of 4\.2 MB; .*--shm-size"):
         cramped.ask(p.Load(str(large), (), 60.0))
     assert cramped.status().free_nbytes == 4 << 20  # nothing was written
     assert isinstance(cramped.ask(p.Load(str(small), (), 60.0)), p.Loaded)
