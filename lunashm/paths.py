@@ -22,6 +22,8 @@ from lunashm.protocol import HostInfo
 _SUN_PATH_MAX = 107
 """Bytes a Unix socket's path may have on Linux."""
 
+_INFO_NBYTES = 1 << 16
+
 
 def runtime_dir() -> Path:
     """The directory for sockets and locks, mode 0700 and ours. Raises SettingsError where it is someone else's."""
@@ -175,22 +177,19 @@ def find_host(endpoint: Endpoint) -> HostInfo | None:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            written = os.pread(fd, 1 << 16, 0)
-            try:
-                return msgspec.json.decode(written, type=HostInfo)
-            except msgspec.DecodeError:
-                return None  # starting up, or stopping: not ready either way
+            return published_in(fd)[1]
         return None
     finally:
         os.close(fd)
 
 
-def found_in(published: bytes) -> str:
-    """The id of the host that wrote this into its lock file; empty for what no host wrote."""
+def published_in(lock: int) -> tuple[bytes, HostInfo | None]:
+    """What the lock file ``lock`` holds, and the host that wrote it; None for one that starts up or stops."""
+    written = os.pread(lock, _INFO_NBYTES, 0)
     try:
-        return msgspec.json.decode(published, type=HostInfo).host_id
+        return written, msgspec.json.decode(written, type=HostInfo)
     except msgspec.DecodeError:
-        return ""
+        return written, None
 
 
 def nobody_at(endpoint: Endpoint) -> HostUnavailable:

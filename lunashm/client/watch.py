@@ -18,11 +18,9 @@ import select
 import weakref
 
 from lunashm.errors import HostLost, SharedMemoryError
-from lunashm.paths import Endpoint, found_in
+from lunashm.paths import Endpoint, published_in
 from lunashm.process import is_exiting, pidfd_of, stat_of
 from lunashm.protocol import HostInfo
-
-_INFO_NBYTES = 1 << 16
 
 
 class HostWatch:
@@ -45,10 +43,10 @@ class HostWatch:
         try:
             self._stat = self._kept(stat_of(host.pid))
             self._lock = self._kept(os.open(endpoint.lock_path, os.O_RDONLY | os.O_CLOEXEC))
-            self._published = os.pread(self._lock, _INFO_NBYTES, 0)
+            self._published, there = published_in(self._lock)
         except OSError as exc:
             raise SharedMemoryError(f"the host (pid {host.pid}) cannot be watched: {exc}; attach again") from exc
-        if found_in(self._published) != host.host_id:
+        if there is None or there.host_id != host.host_id:
             self._lost = "stopped"
         self.check()
 
@@ -85,4 +83,4 @@ class HostWatch:
         poller.register(self._pidfd, select.POLLIN)
         if poller.poll(0) or is_exiting(self._stat):
             return "died"
-        return "" if os.pread(self._lock, _INFO_NBYTES, 0) == self._published else "stopped"
+        return "" if os.pread(self._lock, len(self._published) + 1, 0) == self._published else "stopped"

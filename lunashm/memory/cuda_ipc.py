@@ -10,29 +10,25 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import ExitStack
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from lunashm import process
 from lunashm.errors import SegmentGone, SharedMemoryError
 from lunashm.memory.cuda_device import Undo
-from lunashm.memory.device import BLOCK, DeviceMapping, DeviceRung, DeviceSegment
+from lunashm.memory.device import BLOCK, DeviceMapping, DeviceRung, DeviceSegment, Record, Size
 from lunashm.memory.ending import finish_parked
 from lunashm.protocol import Handle
 
 _Raw = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
-_Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a handle carries. ``raw``: the driver's handle, of the whole allocation that the segment starts ``offset``
+class IpcRecord(Record, frozen=True):
+    """``raw``: the driver's handle, of the whole allocation that the segment starts ``offset``
     bytes into. ``pid``, ``pid_namespace``: whose it is; the driver finds the memory by them."""
 
-    version: Literal[1]
-    name: str
-    nbytes: _Size
-    offset: _Size
+    offset: Size
     pid: int
     pid_namespace: int
     raw: _Raw
@@ -44,7 +40,7 @@ class IpcSegment(DeviceSegment):
         start, _ = self._device.address_range(self._pointer)
         raw = self._device.ipc_handle(self._pointer)
         offset = self._pointer - start
-        record = Record(1, self._name, self._nbytes, offset, os.getpid(), process.namespace(), raw)
+        record = IpcRecord(1, self._name, self._nbytes, offset, os.getpid(), process.namespace(), raw)
         return msgspec.msgpack.encode(record)
 
 
@@ -62,13 +58,7 @@ class CudaIpcRung(DeviceRung):
             return IpcSegment(self, name, nbytes, pointer, made.pop_all())
 
     def open(self, handle: Handle, descriptor: int | None = None) -> DeviceMapping:
-        self._check_device(handle)
-        try:
-            record = msgspec.msgpack.decode(handle.data, type=Record)
-        except msgspec.DecodeError as exc:
-            raise SegmentGone(f"the host names memory {handle.data!r}, which no cuda-ipc rung makes: {exc}") from exc
-        if not 0 < handle.nbytes == record.nbytes:
-            raise SegmentGone(f"segment {record.name} has not the {handle.nbytes} bytes the host said; attach again")
+        record = self._record_in(handle, IpcRecord)
         _check_reach(record)
         finish_parked()
         with self.gpu as device, device.in_relaxed_capture(), ExitStack() as failing:
@@ -84,7 +74,7 @@ class CudaIpcRung(DeviceRung):
             return DeviceMapping(handle, device, at, opened)
 
 
-def _check_reach(record: Record) -> None:
+def _check_reach(record: IpcRecord) -> None:
     """Raises SharedMemoryError where the driver would not find the memory, or would find another process's."""
     if record.pid_namespace != process.namespace():
         raise SharedMemoryError(

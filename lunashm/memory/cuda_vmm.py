@@ -10,23 +10,19 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import ExitStack
-from typing import Literal
 
 import msgspec
 
 from lunashm.errors import SegmentGone, SharedMemoryError
 from lunashm.memory.cuda_device import Device, Undo
-from lunashm.memory.device import DeviceMapping, DeviceRung, DeviceSegment
+from lunashm.memory.device import DeviceMapping, DeviceRung, DeviceSegment, Record
 from lunashm.memory.ending import finish_parked
 from lunashm.protocol import Handle
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a handle carries. ``nbytes``: of the segment; ``rounded``: of the memory behind it."""
+class VmmRecord(Record, frozen=True):
+    """``rounded``: the bytes of the memory behind the segment."""
 
-    version: Literal[1]
-    name: str
-    nbytes: int
     rounded: int
 
 
@@ -34,7 +30,7 @@ class VmmSegment(DeviceSegment):
     """``window``: undoes the mapping that this process writes through."""
 
     def __init__(
-        self, rung: DeviceRung, record: Record, memory: int, pointer: int, window: Undo, made: ExitStack
+        self, rung: DeviceRung, record: VmmRecord, memory: int, pointer: int, window: Undo, made: ExitStack
     ) -> None:
         super().__init__(rung, record.name, record.nbytes, pointer, made)
         self._plan = record
@@ -66,7 +62,7 @@ class CudaVmmRung(DeviceRung):
 
     def allocate(self, nbytes: int) -> VmmSegment:
         rounded = self.rounded(nbytes, self.gpu.granularity())
-        record = Record(1, f"cuda-vmm:{secrets.token_hex(8)}", nbytes, rounded)
+        record = VmmRecord(1, f"cuda-vmm:{secrets.token_hex(8)}", nbytes, rounded)
         with self._taking(rounded) as device, ExitStack() as made:
             memory = device.create(rounded)
             made.callback(device.release_within, "cuMemRelease", memory)
@@ -76,12 +72,8 @@ class CudaVmmRung(DeviceRung):
             return VmmSegment(self, record, memory, pointer, window, made.pop_all())
 
     def open(self, handle: Handle, descriptor: int | None = None) -> DeviceMapping:
-        self._check_device(handle)
-        try:
-            record = msgspec.msgpack.decode(handle.data, type=Record)
-        except msgspec.DecodeError as exc:
-            raise SegmentGone(f"the host names memory {handle.data!r}, which no cuda-vmm rung makes: {exc}") from exc
-        if not 0 < handle.nbytes == record.nbytes <= record.rounded:
+        record = self._record_in(handle, VmmRecord)
+        if record.rounded < record.nbytes:
             raise SegmentGone(f"segment {record.name} has not the {handle.nbytes} bytes the host said; attach again")
         if descriptor is None:
             raise SegmentGone(f"segment {record.name} came without its descriptor; attach again")

@@ -9,26 +9,29 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from typing_extensions import Buffer
+import msgspec
 
 from lunashm.errors import (
     OutOfSharedMemory,
-    SegmentFrozen,
     SegmentGone,
-    SegmentNotFrozen,
     WrongDevice,
 )
 from lunashm.memory.cuda_device import Device, Undo, device_of
 from lunashm.memory.ending import End, let_go
 from lunashm.memory.files import size
+from lunashm.memory.segment import OwnedSegment, check_size
 from lunashm.protocol import Handle
 
 log = logging.getLogger(__name__)
 
 BLOCK = 2 << 20
 """Smaller allocations may share a block of this size with others, and what is exported is the whole block."""
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+"""Bytes that an address may be apart from another."""
 
 
 class Stretch:
@@ -89,57 +92,36 @@ def _interface(pointer: int, nbytes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class DeviceSegment:
-    """A segment this process owns. Subclasses say how it is made, exported and let go.
+class DeviceSegment(OwnedSegment):
+    """Subclasses say how it is made, exported and let go.
 
     ``made``: what undoes its making, undone by :meth:`free`. Zeroed here: memory on a GPU keeps what was there before.
     """
 
     def __init__(self, rung: DeviceRung, name: str, nbytes: int, pointer: int, made: ExitStack) -> None:
+        super().__init__(name, nbytes)
         self._rung = rung
         self._device = rung.gpu
-        self._name = name
-        self._nbytes = nbytes
         self._pointer = pointer
         self._made = made
-        self._record: bytes | None = None
-        self._freed = False
+        self._record = b""
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    @property
-    def frozen(self) -> bool:
-        return self._record is not None
-
-    def write(self, offset: int, data: Buffer) -> None:
-        self._check_there()
-        if self.frozen:
-            raise SegmentFrozen(f"segment {self._name} is frozen; its bytes never change again")
-        view = memoryview(data).cast("B")
-        if offset < 0 or offset + len(view) > self._nbytes:
-            raise ValueError(f"{len(view)} bytes at {offset} do not fit segment {self._name} ({self._nbytes} bytes)")
+    def _put(self, offset: int, view: memoryview) -> None:
         if view:
             with self._device as device:
                 device.call("cuMemcpyHtoD", self._pointer + offset, view, len(view))
 
     def freeze(self) -> None:
         self._check_there()
-        if self.frozen:
+        if self._frozen:
             return
         with self._device as device:
             device.synchronize()  # a copy returns when its source may be reused, not when it has arrived
             self._record = self._seal()
+        self._frozen = True
 
     def export(self) -> Handle:
-        self._check_there()
-        if self._record is None:
-            raise SegmentNotFrozen(f"segment {self._name} is still writable; freeze() it before exporting it")
+        self._check_exportable()
         return Handle(rung=self._rung.name, device=self._rung.device, nbytes=self._nbytes, data=self._record)
 
     def descriptor(self) -> int | None:
@@ -155,9 +137,16 @@ class DeviceSegment:
         """Prepare the export, and say what the handle has to carry. Raises SharedMemoryError."""
         raise NotImplementedError
 
-    def _check_there(self) -> None:
-        if self._freed:
-            raise SegmentGone(f"segment {self._name} was freed")
+
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the handle of a GPU's segment carries, at least. ``nbytes``: of the segment."""
+
+    version: Literal[1]
+    name: str
+    nbytes: Size
+
+
+_R = TypeVar("_R", bound=Record)
 
 
 class DeviceRung:
@@ -174,8 +163,7 @@ class DeviceRung:
 
     def rounded(self, nbytes: int, block: int) -> int:
         """Raises ValueError."""
-        if nbytes <= 0:
-            raise ValueError(f"a segment has at least one byte, not {nbytes}")
+        check_size(nbytes)
         return -(-nbytes // block) * block
 
     def free_nbytes(self) -> int:
@@ -209,9 +197,17 @@ class DeviceRung:
             "unload a model (lunashm unload), close what else uses the GPU, or load fewer bytes (--dtype)"
         )
 
-    def _check_device(self, handle: Handle) -> None:
+    def _record_in(self, handle: Handle, kind: type[_R]) -> _R:
+        """What a handle of ours carries. Raises WrongDevice, or SegmentGone for one that is not ours."""
         if handle.device != self.device:
             raise WrongDevice(f"the segment is on {handle.device}, and was to be opened on {self.device}")
+        try:
+            record = msgspec.msgpack.decode(handle.data, type=kind)
+        except msgspec.DecodeError as exc:
+            raise SegmentGone(f"the host names memory {handle.data!r}, which no {self.name} rung makes: {exc}") from exc
+        if not 0 < handle.nbytes == record.nbytes:
+            raise SegmentGone(f"segment {record.name} has not the {handle.nbytes} bytes the host said; attach again")
+        return record
 
 
 @contextlib.contextmanager
@@ -231,4 +227,4 @@ def _pinned(device: Device, nbytes: int) -> Iterator[memoryview]:
         device.release_within("cuMemFreeHost", pointer)
 
 
-__all__ = ["BLOCK", "DeviceMapping", "DeviceRung", "DeviceSegment", "Stretch"]
+__all__ = ["BLOCK", "DeviceMapping", "DeviceRung", "DeviceSegment", "Record", "Size", "Stretch"]

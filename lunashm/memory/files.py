@@ -7,14 +7,13 @@ import errno
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from typing_extensions import Buffer
-
-from lunashm.errors import OutOfSharedMemory, SegmentFrozen, SegmentGone, SegmentNotFrozen, SharedMemoryError
+from lunashm.errors import OutOfSharedMemory, SegmentGone, SharedMemoryError
 from lunashm.memory import CPU
 from lunashm.memory.room import Room
+from lunashm.memory.segment import OwnedSegment
 from lunashm.protocol import Handle
 
 _NO_ROOM = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT}
@@ -49,45 +48,57 @@ def map_file(fd: int, handle: Handle) -> FileMapping:
     return mapping
 
 
-class FileRung(Protocol):
-    """What a segment asks of its rung."""
+class FileRung:
+    """RAM in files. ``room``: what of it is still free to promise."""
 
     name: str
-    room: Room
+    device = CPU
+    outlives_host = True
 
-    def map_error(self, exc: Exception, doing: str, nbytes: int) -> SharedMemoryError: ...
+    def __init__(self, room: Room) -> None:
+        self.room = room
+
+    def staging(self, nbytes: int) -> AbstractContextManager[memoryview]:
+        return plain_staging(nbytes)
+
+    def free_nbytes(self) -> int:
+        """What is free, minus what segments in the making were promised."""
+        return self.room.free()
+
+    def map_error(self, exc: Exception, doing: str, nbytes: int) -> SharedMemoryError:
+        """Ours for a foreign error, at this edge only."""
+        if isinstance(exc, OSError) and exc.errno in _NO_ROOM:
+            return self._no_room(nbytes, self.free_nbytes())
+        return SharedMemoryError(f"{doing} failed: {exc}")
+
+    def _no_room(self, nbytes: int, free: int) -> OutOfSharedMemory:
+        """What to say, with the sizes, and what to do about it."""
+        raise NotImplementedError
+
+    def _reserve(self, segment: FileSegment, fd: int) -> None:
+        """Size a new segment's file, if there is room; else free it. Raises OutOfSharedMemory, SharedMemoryError."""
+        try:
+            free = self.room.promise(segment.name, fd, segment.nbytes)
+            if free is not None:
+                raise self._no_room(segment.nbytes, free)
+            os.ftruncate(fd, segment.nbytes)
+        except OSError as exc:
+            segment.free()
+            raise self.map_error(exc, f"sizing segment {segment.name}", segment.nbytes) from exc
+        except BaseException:
+            segment.free()
+            raise
 
 
-class FileSegment:
-    """A segment this process owns. Written with pwrite, so that memory which runs out is an error here, never a
-    SIGBUS. Subclasses say what freezing, naming and freeing mean."""
+class FileSegment(OwnedSegment):
+    """Written with pwrite, so that memory which runs out is an error here, never a SIGBUS."""
 
     def __init__(self, rung: FileRung, name: str, nbytes: int, fd: int) -> None:
+        super().__init__(name, nbytes)
         self._rung = rung
-        self._name = name
-        self._nbytes = nbytes
         self._fd = fd
-        self._frozen = False
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    @property
-    def frozen(self) -> bool:
-        return self._frozen
-
-    def write(self, offset: int, data: Buffer) -> None:
-        self._check_there()
-        if self._frozen:
-            raise SegmentFrozen(f"segment {self._name} is frozen; its bytes never change again")
-        view = memoryview(data).cast("B")
-        if offset < 0 or offset + len(view) > self._nbytes:
-            raise ValueError(f"{len(view)} bytes at {offset} do not fit segment {self._name} ({self._nbytes} bytes)")
+    def _put(self, offset: int, view: memoryview) -> None:
         while view:
             try:
                 written = os.pwrite(self._fd, view, offset)
@@ -110,14 +121,13 @@ class FileSegment:
         self._frozen = True
 
     def export(self) -> Handle:
-        self._check_there()
-        if not self._frozen:
-            raise SegmentNotFrozen(f"segment {self._name} is still writable; freeze() it before exporting it")
+        self._check_exportable()
         return Handle(rung=self._rung.name, device=CPU, nbytes=self._nbytes, data=self._name.encode())
 
     def free(self) -> None:
-        if self._fd < 0:
+        if self._freed:
             return
+        self._freed = True
         self._rung.room.settle(self._name)
         self._unname()
         os.close(self._fd)
@@ -130,34 +140,10 @@ class FileSegment:
     def _unname(self) -> None:
         """Have nobody find it any more."""
 
-    def _check_there(self) -> None:
-        if self._fd < 0:
-            raise SegmentGone(f"segment {self._name} was freed")
 
-
-def reserve(segment: FileSegment, rung: FileRung, fd: int, no_room: Callable[[int, int], OutOfSharedMemory]) -> None:
-    """Size a new segment's file, if there is room; else free it. Raises OutOfSharedMemory, SharedMemoryError."""
-    try:
-        free = rung.room.promise(segment.name, fd, segment.nbytes)
-        if free is not None:
-            raise no_room(segment.nbytes, free)
-        os.ftruncate(fd, segment.nbytes)
-    except OSError as exc:
-        segment.free()
-        raise rung.map_error(exc, f"sizing segment {segment.name}", segment.nbytes) from exc
-    except BaseException:
-        segment.free()
-        raise
-
-
-def out_of_room(exc: Exception) -> bool:
-    return isinstance(exc, OSError) and exc.errno in _NO_ROOM
-
-
-@contextlib.contextmanager
-def plain_staging(nbytes: int) -> Iterator[memoryview]:
+def plain_staging(nbytes: int) -> AbstractContextManager[memoryview]:
     """pwrite copies from any memory alike."""
-    yield memoryview(bytearray(nbytes))
+    return contextlib.nullcontext(memoryview(bytearray(nbytes)))
 
 
 def size(nbytes: int) -> str:

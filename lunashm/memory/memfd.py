@@ -10,13 +10,13 @@ import fcntl
 import os
 import re
 import secrets
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lunashm.errors import OutOfSharedMemory, SegmentGone, SharedMemoryError
-from lunashm.memory import CPU, ram
-from lunashm.memory.files import FileMapping, FileSegment, map_file, out_of_room, plain_staging, reserve, size
+from lunashm.errors import OutOfSharedMemory, SegmentGone
+from lunashm.memory import ram
+from lunashm.memory.files import FileMapping, FileRung, FileSegment, map_file, size
 from lunashm.memory.room import Room
+from lunashm.memory.segment import check_size
 from lunashm.protocol import Handle
 
 _PREFIX = "lunashm-"
@@ -43,24 +43,21 @@ class MemfdSegment(FileSegment):
         return self._fd
 
 
-class MemfdRung:
+class MemfdRung(FileRung):
     name = "memfd"
-    device = CPU
-    outlives_host = True
 
     def __init__(self) -> None:
-        self.room = Room(ram.available)
+        super().__init__(Room(ram.available))
 
     def allocate(self, nbytes: int) -> MemfdSegment:
-        if nbytes <= 0:
-            raise ValueError(f"a segment has at least one byte, not {nbytes}")
+        check_size(nbytes)
         name = f"memfd:{secrets.token_hex(8)}"
         try:
             fd = _create(_PREFIX + name)
         except OSError as exc:
             raise self.map_error(exc, f"creating segment {name}", nbytes) from exc
         segment = MemfdSegment(self, name, nbytes, fd)
-        reserve(segment, self, fd, self._no_room)
+        self._reserve(segment, fd)
         return segment
 
     def open(self, handle: Handle, descriptor: int | None = None) -> FileMapping:
@@ -78,25 +75,12 @@ class MemfdRung:
         except OSError as exc:
             raise self.map_error(exc, f"mapping segment {name}", handle.nbytes) from exc
 
-    def staging(self, nbytes: int) -> AbstractContextManager[memoryview]:
-        return plain_staging(nbytes)
-
-    def free_nbytes(self) -> int:
-        """Free RAM, minus what segments in the making were promised."""
-        return self.room.free()
-
     def total_nbytes(self) -> int:
         return ram.total()
 
     def reclaim(self) -> list[str]:
         """The kernel frees a memfd with the last process that has it: nothing is ever left."""
         return []
-
-    def map_error(self, exc: Exception, doing: str, nbytes: int) -> SharedMemoryError:
-        """Ours for a foreign error, at this edge only."""
-        if out_of_room(exc):
-            return self._no_room(nbytes, self.free_nbytes())
-        return SharedMemoryError(f"{doing} failed: {exc}")
 
     def _no_room(self, nbytes: int, free: int) -> OutOfSharedMemory:
         return OutOfSharedMemory(

@@ -10,15 +10,15 @@ import fcntl
 import os
 import re
 import secrets
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import posix_ipc
 
-from lunashm.errors import OutOfSharedMemory, SegmentGone, SharedMemoryError
-from lunashm.memory import CPU, ram
-from lunashm.memory.files import FileMapping, FileSegment, map_file, out_of_room, plain_staging, reserve, size
+from lunashm.errors import OutOfSharedMemory, SegmentGone
+from lunashm.memory import ram
+from lunashm.memory.files import FileMapping, FileRung, FileSegment, map_file, size
 from lunashm.memory.room import Room
+from lunashm.memory.segment import check_size
 from lunashm.protocol import Handle
 
 _DIRECTORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
@@ -44,17 +44,16 @@ class PosixSegment(FileSegment):
         _path(self._name).unlink(missing_ok=True)
 
 
-class PosixRung:
+class PosixRung(FileRung):
+    """Room in /dev/shm, or free RAM where that is less."""
+
     name = "posix"
-    device = CPU
-    outlives_host = True
 
     def __init__(self) -> None:
-        self.room = Room(lambda: min(shm_free(), ram.available()))
+        super().__init__(Room(lambda: min(shm_free(), ram.available())))
 
     def allocate(self, nbytes: int) -> PosixSegment:
-        if nbytes <= 0:
-            raise ValueError(f"a segment has at least one byte, not {nbytes}")
+        check_size(nbytes)
         while True:
             name = f"/{_PREFIX}{os.getuid()}-{secrets.token_hex(8)}"
             try:
@@ -73,7 +72,7 @@ class PosixRung:
                 os.close(fd)
                 continue
             segment = PosixSegment(self, name, nbytes, fd)
-            reserve(segment, self, fd, self._no_room)
+            self._reserve(segment, fd)
             return segment
 
     def open(self, handle: Handle, descriptor: int | None = None) -> FileMapping:
@@ -92,13 +91,6 @@ class PosixRung:
             raise self.map_error(exc, f"mapping shared memory {name}", handle.nbytes) from exc
         finally:
             os.close(fd)
-
-    def staging(self, nbytes: int) -> AbstractContextManager[memoryview]:
-        return plain_staging(nbytes)
-
-    def free_nbytes(self) -> int:
-        """Room in /dev/shm, or free RAM where that is less, minus what segments in the making were promised."""
-        return self.room.free()
 
     def total_nbytes(self) -> int:
         return shm_total()
@@ -119,12 +111,6 @@ class PosixRung:
             finally:
                 os.close(fd)
         return removed
-
-    def map_error(self, exc: Exception, doing: str, nbytes: int) -> SharedMemoryError:
-        """Ours for a foreign error, at this edge only."""
-        if out_of_room(exc):
-            return self._no_room(nbytes, self.free_nbytes())
-        return SharedMemoryError(f"{doing} failed: {exc}")
 
     def _no_room(self, nbytes: int, free: int) -> OutOfSharedMemory:
         needed = f"{size(nbytes)} needed, {size(free)} free"
