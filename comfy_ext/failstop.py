@@ -22,6 +22,7 @@ import torch
 
 from lunashm import settings
 from lunashm.client import Attachment
+from lunashm.client.watch import Guard
 from lunashm.errors import HostLost, LunashmError
 
 from . import hostlink
@@ -81,23 +82,14 @@ def guard(model: torch.nn.Module, binding: Binding) -> None:
         return
     binding.guarded = True
     for child in model.children():
-        child.register_forward_pre_hook(_Guard(child, binding))
+        child.register_forward_pre_hook(Guard(child, functools.partial(_check_what_is_there, weakref.ref(binding))))
 
 
-class _Guard:
-    """Holds nothing: a deep copy of the model has private weights and is not stopped by what happens to these."""
-
-    def __init__(self, module: torch.nn.Module, binding: Binding) -> None:
-        self._module = weakref.ref(module)
-        self._binding = weakref.ref(binding)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Guard:
-        return self
-
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        binding = self._binding()
-        if binding is not None and module is self._module():
-            check(binding)
+def _check_what_is_there(binding: weakref.ref[Binding]) -> None:
+    """A module does not keep its binding alive by being guarded."""
+    found = binding()
+    if found is not None:
+        check(found)
 
 
 def reopened(file: SharedFile) -> Attachment:

@@ -13,7 +13,7 @@ from blake3 import blake3
 from lunashm.client.access import explained
 from lunashm.client.lora import AppliedLora, apply_lora
 from lunashm.client.session import Session
-from lunashm.client.watch import HostWatch
+from lunashm.client.watch import Guard, HostWatch
 from lunashm.errors import (
     ForkedProcess,
     InvalidCheckpoint,
@@ -168,7 +168,7 @@ class Attachment:
         self._modules.append(weakref.ref(module))
         if self._watch is not None:
             for part in (module, *module.children()):  # a VAE's encode() and decode() call parts only
-                part.register_forward_pre_hook(_Guard(part, self._watch))
+                part.register_forward_pre_hook(Guard(part, self._watch.check))
 
     def apply_lora(
         self,
@@ -233,21 +233,6 @@ class Attachment:
                 f"attachment of {self._manifest.name} belongs to pid {self._pid}, not to its forked child; "
                 "attach in the child, or start it with the spawn method"
             )
-
-
-class _Guard:
-    """Asks before each call of a module. A deep copy of the module has weights of its own and is not asked for."""
-
-    def __init__(self, module: torch.nn.Module, watch: HostWatch) -> None:
-        self._module = weakref.ref(module)
-        self._watch = watch
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Guard:
-        return self
-
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
-        if module is self._module():
-            self._watch.check()
 
 
 def _refuse_other_file(path: str, manifest: Manifest) -> None:

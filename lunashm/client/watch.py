@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import select
 import weakref
+from collections.abc import Callable
 
 from lunashm.errors import HostLost, SharedMemoryError
 from lunashm.paths import Endpoint, published_in
@@ -84,3 +85,21 @@ class HostWatch:
         if poller.poll(0) or is_exiting(self._stat):
             return "died"
         return "" if os.pread(self._lock, len(self._published) + 1, 0) == self._published else "stopped"
+
+
+class Guard:
+    """A forward pre-hook that asks before each call of ``module``. ``check`` raises HostLost.
+
+    It goes along into a deep copy of the module, which has weights of its own and is not asked for.
+    """
+
+    def __init__(self, module: object, check: Callable[[], None]) -> None:
+        self._module = weakref.ref(module)
+        self._check = check
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Guard:
+        return self
+
+    def __call__(self, module: object, args: object) -> None:
+        if module is self._module():
+            self._check()
