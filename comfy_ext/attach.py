@@ -21,7 +21,7 @@ import torch
 from lunashm import settings
 from lunashm.errors import LunashmError
 
-from . import failstop, hostlink, loras, trace
+from . import devices, failstop, loras, trace
 from .patcher import protect_weights, show_patched_weights
 from .sharing import share
 
@@ -40,6 +40,7 @@ def install() -> None:
         return
     setattr(comfy.sd, _INSTALLED, True)
     trace.install_load_state_dict()
+    devices.install()
     protect_weights()
     show_patched_weights()
     failstop.install()
@@ -49,7 +50,7 @@ def install() -> None:
         setattr(comfy.sd, name, _loader(getattr(comfy.sd, name)))
     comfy.sd.VAE.__init__ = _vae_init(comfy.sd.VAE.__init__)
     try:
-        mode, address = settings.load().mode, hostlink.endpoint().url
+        mode, address = settings.load().mode, devices.endpoint().url
     except LunashmError as exc:
         log.error("[lunashm] %s; models are loaded locally until that is mended", exc)
         return

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,13 @@ class Place:
             owner._parameters[self.name] = torch.nn.Parameter(view, requires_grad=False)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the parameter is now; None if it, or its owner, is gone."""
+        owner = self.owner()
+        tensor = None if owner is None else owner._parameters.get(self.name)
+        return None if tensor is None else tensor.device
+
+    @property
     def key(self) -> tuple[int, str]:
         """Identifies the parameter while its owner lives."""
         return id(self.owner()), self.name
@@ -82,10 +90,11 @@ class SharedFile:
         shared = self.attachment.state_dict()
         return sum(place.shape.numel() * shared[place.tensor].element_size() for place in self.places)
 
-    def bind(self) -> None:
+    def bind(self, places: Iterable[Place] | None = None) -> None:
+        """Point these places, or all, at the host's bytes."""
         with torch.inference_mode(False):
             shared = self.attachment.state_dict()
-            for place in self.places:
+            for place in self.places if places is None else places:
                 place.bind(shared)
 
     @property
@@ -152,12 +161,15 @@ def binding_of(model: torch.nn.Module | None) -> Binding | None:
 
 
 class Binding:
-    """What one model (a root module) shares."""
+    """What one model (a root module) shares, and where: ``home`` is the device that the host's bytes are on."""
 
-    def __init__(self, files: list[SharedFile], private_nbytes: int, layers: PatchedLayers) -> None:
+    def __init__(
+        self, files: list[SharedFile], private_nbytes: int, layers: PatchedLayers, home: torch.device
+    ) -> None:
         self.files = files
         self.private_nbytes = private_nbytes
         self.layers = layers
+        self.home = home
         self.guarded = False
 
     @property
@@ -173,8 +185,33 @@ class Binding:
     def __deepcopy__(self, memo: dict[int, object]) -> Binding:
         """A deep copy of the module has private parameters: nothing is bound there, but what is around its layers was
         copied with them and must come off as ever."""
-        private_nbytes = sum(file.nbytes for file in self.files) + self.private_nbytes
-        return Binding([], private_nbytes, copy.deepcopy(self.layers, memo))
+        private_nbytes = self.shared_nbytes + self.private_nbytes
+        return Binding([], private_nbytes, copy.deepcopy(self.layers, memo), self.home)
+
+    @cached_property
+    def shared_nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def places(self) -> frozenset[tuple[int, str]]:
+        """:attr:`Place.key` of every shared parameter."""
+        return frozenset(place.key for file in self.files for place in file.places)
+
+    def bind_home(self, module: torch.nn.Module | None = None) -> None:
+        """Have parameters that are somewhere else (of ``module`` alone, or all) show the host's bytes again."""
+        for file in self.files:
+            away = [place for place in file.places if place.device not in (None, self.home)]
+            file.bind([place for place in away if module is None or place.owner() is module])
+
+    def move_private(self, model: torch.nn.Module, source: torch.device, target: torch.device) -> None:
+        """What of ``model`` is on ``source`` and not shared goes to ``target``; parameters stay the same objects."""
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.device == source and (id(module), name) not in self.places:
+                    parameter.data = parameter.data.to(target)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device == source:
+                    module._buffers[name] = buffer.to(target)
 
     def renewals(self, reopened: Callable[[SharedFile], Attachment]) -> list[tuple[SharedFile, Attachment]]:
         """New attachments for the files whose host is gone, where another host is there.

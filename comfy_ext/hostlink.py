@@ -12,14 +12,11 @@ from typing import Any
 
 import comfy.model_management
 
-from lunashm import settings
 from lunashm.client import Attachment, Session, session_for
-from lunashm.endpoints import endpoint_of
 from lunashm.errors import HostUnavailable, LoadTimeout
-from lunashm.paths import Endpoint
 from lunashm.protocol import Event, HostStopping, LoadProgress, UnloadRequested
 
-from . import binding
+from . import binding, devices
 from .units import progress
 
 log = logging.getLogger("lunashm.comfy")
@@ -28,18 +25,11 @@ PROGRESS_EVERY_S = 5.0
 _WAIT_SLICE_S = 1.0
 
 
-def endpoint() -> Endpoint:
-    return endpoint_of(settings.load())
-
-
 def session() -> Session:
-    """Raises HostUnavailable where sharing cannot work, before anything is built."""
-    device = comfy.model_management.get_torch_device()
-    if device.type != "cpu":
-        raise HostUnavailable(f"this ComfyUI runs on {device}, and this version shares CPU memory with ComfyUI only")
+    """With the host to ask now. Raises HostUnavailable where sharing cannot work, before anything is built."""
     if _flag("force_channels_last"):
         raise HostUnavailable("--force-channels-last rearranges weights in memory, which shared ones cannot be")
-    found = session_for(endpoint(), kind="comfyui", label=_label())
+    found = session_for(devices.endpoint(), kind="comfyui", label=_label())
     found.connect()
     _listen_once(found)
     return found

@@ -23,9 +23,10 @@ from lunashm import settings
 from . import failstop
 from .binding import ATTRIBUTE, Binding, binding_of
 from .layers import Rungs, nbytes_of
+from .residency import ResidentPatcher
 from .trace import UntraceableError
 from .units import size
-from .weight_hooks import NOT_AROUND_ITS_LAYER, HookedPatcher
+from .weight_hooks import NOT_AROUND_ITS_LAYER
 
 log = logging.getLogger("lunashm.comfy")
 
@@ -62,8 +63,13 @@ def show_patched_weights() -> None:
 
 
 def check_adoptable(patcher: comfy.model_patcher.ModelPatcher) -> None:
-    """Raises UntraceableError for a patcher that is not ComfyUI's plain one: its own ways with weights are unknown."""
-    if type(patcher) not in (comfy.model_patcher.ModelPatcher, SharedModelPatcher):
+    """Raises UntraceableError for a patcher that is not ComfyUI's own: its ways with weights are unknown.
+
+    0.28's VAE and CLIP vision have no ``disable_dynamic``; a ModelPatcherDynamic that has not loaded anything yet
+    differs from a plain one by its class alone.
+    """
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", comfy.model_patcher.ModelPatcher)
+    if type(patcher) not in (comfy.model_patcher.ModelPatcher, dynamic, SharedModelPatcher):
         raise UntraceableError(f"{type(patcher).__name__} manages its weights itself and cannot share them")
 
 
@@ -89,31 +95,22 @@ def adopt(patcher: comfy.model_patcher.ModelPatcher, binding: Binding) -> None:
     """Turn a stock patcher that was just made into a shared one, in place.
 
     In place, because ComfyUI's list of loaded models may hold it already (on CPU a CLIP is loaded while it is made).
+    Its offload device is the weights' home: what stock brings there is an alias, not a copy.
     """
     setattr(patcher.model, ATTRIBUTE, binding)
     failstop.guard(patcher.model, binding)
     patcher.__class__ = SharedModelPatcher
+    patcher.offload_device = binding.home
     patcher.size = 0
     patcher.weight_inplace_update = False
     patcher.model.model_loaded_weight_memory = 0
 
 
-class SharedModelPatcher(HookedPatcher):
+class SharedModelPatcher(ResidentPatcher):
     """Same constructor as ModelPatcher: ``clone()`` calls it."""
 
     def is_dynamic(self) -> bool:
         return False
-
-    # -- sizes: private bytes only, the shared ones are nobody's to free -----------------------------------------------
-
-    def model_size(self) -> int:
-        binding = binding_of(self.model)
-        if binding is None:
-            return super().model_size()
-        return binding.private_nbytes + binding.layers.nbytes + nbytes_of(self.model, self.backup)
-
-    def loaded_size(self) -> int:
-        return min(super().loaded_size(), self.model_size())
 
     # -- staying current -----------------------------------------------------------------------------------------------
 
@@ -131,10 +128,11 @@ class SharedModelPatcher(HookedPatcher):
             file.switch(attachment)
         failstop.guard(self.model, binding)
 
-    # -- loading: nothing to move, only patches to apply ---------------------------------------------------------------
+    # -- loading: patches to apply, and only in the RAM tier something to move -----------------------------------------
 
-    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        # ComfyUI 0.28: returns the bytes that were moved to the device; shared weights move none.
+    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> float:
+        """Bytes that were copied to the device; ``extra_memory``: how many more than now may be there, or fewer."""
+        budget = self.loaded_size() + extra_memory
         self.keep_current()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             loaded = self.model.current_weight_patches_uuid
@@ -147,19 +145,27 @@ class SharedModelPatcher(HookedPatcher):
                     self.unpatch_model(None, unpatch_weights=True)
                     self.patch_model(load_weights=False)
                     loaded = None
-                if loaded is not None:
-                    self.apply_hooks(self.forced_hooks, force_apply=True)
-                else:
-                    self.load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+                return self._load_within(budget, loaded is not None, force_patch_weights)
             except Exception:
                 self.detach()
                 raise
-        return 0
+
+    def _load_within(self, budget_nbytes: float, patched: bool, force_patch_weights: bool) -> float:
+        """``patched``: its patches are on it already, so that only weights that it copies are to be moved, or none."""
+        before = self.model.model_loaded_weight_memory
+        if patched and self._copies and budget_nbytes < before:
+            self.partially_unload(self.offload_device, before - budget_nbytes)
+        elif patched and not (self._copies and self.model.model_lowvram):
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+        else:
+            full_load = budget_nbytes > self.model_size()
+            self.load(self.load_device, budget_nbytes, force_patch_weights, full_load)
+        return max(self.model.model_loaded_weight_memory - before, 0) if self._copies else 0
 
     def load(
         self,
         device_to: Any = None,
-        lowvram_model_memory: int = 0,
+        lowvram_model_memory: float = 0,
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
@@ -170,10 +176,9 @@ class SharedModelPatcher(HookedPatcher):
             reasons["being asked for merged weights"] = len(self.patches)
         else:
             reasons = self._put_around_layers()
-        super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
+        self._load_weights(lowvram_model_memory, force_patch_weights, full_load)
         self._mark_unmerged()
         self._layers.exchangeable = self._loads_plainly
-        self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(reasons)
 
     def _mark_unmerged(self) -> None:
@@ -210,7 +215,8 @@ class SharedModelPatcher(HookedPatcher):
             return False
         self._mark_unmerged()
         self.model.current_weight_patches_uuid = self.patches_uuid
-        self.model.model_loaded_weight_memory = self.model_size()
+        if not self._copies:
+            self.model.model_loaded_weight_memory = self.model_size()
         self._report_patches(Counter())
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, 0, False, True)
@@ -221,6 +227,8 @@ class SharedModelPatcher(HookedPatcher):
         if unpatch_weights:
             self._layers.take_off_all()
         super().unpatch_model(None, unpatch_weights=unpatch_weights)
+        if unpatch_weights:
+            self._go_home(device_to)
 
     # -- patches: around the layers, or in private tensors -------------------------------------------------------------
 
@@ -297,10 +305,6 @@ class SharedModelPatcher(HookedPatcher):
         if key in self._layers or key in self.backup:
             return None  # it is around the layer already, or merged
         return super().patch_weight_to_device(key, device_to, inplace_update=False, **kwargs)
-
-    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        # ComfyUI 0.28: partially_unload() returns bytes freed; shared weights free none, so it goes on to detach().
-        return 0
 
     def pin_weight_to_device(self, key: str) -> None:
         pass  # pinning would lock every client's pages

@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import torch
 
 from lunashm import settings
 from lunashm.client import Attachment, Session
 from lunashm.errors import LoadTimeout, LunashmError, ModelNotReady, SettingsError, UnsupportedFormat
 
-from . import binding, hostlink
+from . import binding, devices, hostlink
 from .layers import PatchedLayers
 from .patcher import adopt, check_adoptable
-from .trace import Trace, UntraceableError
+from .trace import Slot, Trace, UntraceableError
 from .units import size
 
 log = logging.getLogger("lunashm.comfy")
@@ -59,7 +60,7 @@ def share(
         reason = UntraceableError(f"sharing it failed: {exc!r}")
     unready = isinstance(reason, ModelNotReady | LoadTimeout) and chosen.fallback != "local"
     if chosen.mode == "force_daemon" or unready:  # unready: a local copy now would be a second copy in a moment
-        where = f"mode {chosen.mode}, fallback {chosen.fallback}, host expected at {hostlink.endpoint().url}"
+        where = f"mode {chosen.mode}, fallback {chosen.fallback}, host expected at {devices.endpoint().url}"
         raise type(reason)(f"{names}: {reason} ({where})")
     _say_once(names, str(reason))
     return local()
@@ -73,7 +74,8 @@ def _through_host(
         if not path.lower().endswith((".safetensors", ".sft")):
             raise UnsupportedFormat(f"{Path(path).name} is no safetensors file; convert it to share it")
     session = hostlink.session()
-    with Trace() as traced:
+    home = devices.home_of(session.connect())
+    with Trace(home) as traced:
         result = shared()
     if not traced.files:
         raise UntraceableError("its loader read no safetensors file")
@@ -86,14 +88,15 @@ def _attach(traced: Trace, session: Session, wait_s: float, holders: list[Any]) 
     patchers = {id(patcher.model): patcher for patcher in map(_patcher_of, holders) if patcher is not None}
     for patcher in patchers.values():
         check_adoptable(patcher)
+    patchers = {root: patcher for root, patcher in patchers.items() if _can_share(patcher, traced.home)}
     for holder in holders:
         if isinstance(holder, comfy.sd.VAE) and holder.first_stage_model is not None:
             traced.settle(holder.first_stage_model, holder.vae_dtype)
-    rules = [binding.needed_rules(file, traced.slots, traced) for file in traced.files]
+    slots_of = {root: _slots(patcher, traced) for root, patcher in patchers.items()}
+    everywhere = [slot for slots in slots_of.values() for slot in slots]
+    rules = [binding.needed_rules(file, everywhere, traced) for file in traced.files]
     bound: dict[int, list[binding.SharedFile]] = {root: [] for root in patchers}
-    for root, patcher in patchers.items():
-        modules = {id(module) for module in patcher.model.modules()}
-        slots = [slot for slot in traced.slots if id(slot.owner) in modules]
+    for root, slots in slots_of.items():
         for file, wanted in zip(traced.files, rules, strict=True):
             if wanted is not None and binding.needed_rules(file, slots, traced) is not None:
                 ask = functools.partial(Attachment.open, session, file.identity.path, wanted)
@@ -106,8 +109,35 @@ def _attach(traced: Trace, session: Session, wait_s: float, holders: list[Any]) 
         own = binding.private_tensors(patcher.model, bound[root])
         private += own
         if bound[root]:
-            adopt(patcher, binding.Binding(bound[root], sum(tensor.nbytes for _, tensor in own), PatchedLayers()))
+            nbytes = sum(tensor.nbytes for _, tensor in own)
+            adopt(patcher, binding.Binding(bound[root], nbytes, PatchedLayers(), traced.home))
     _report(everything, private)
+    if everything and any(patcher.load_device != traced.home for patcher in patchers.values()):
+        _say_tier(session)
+
+
+def _slots(patcher: comfy.model_patcher.ModelPatcher, traced: Trace) -> list[Slot]:
+    modules = {id(module) for module in patcher.model.modules()}
+    return [slot for slot in traced.slots if id(slot.owner) in modules]
+
+
+def _can_share(patcher: comfy.model_patcher.ModelPatcher, home: torch.device) -> bool:
+    """False, with a line that says why, for a model that is to run on the CPU beside a host of a GPU's memory."""
+    if devices.can_use(patcher.load_device, home):
+        return True
+    what, where = type(patcher.model).__name__, patcher.load_device
+    log.warning("[lunashm] %s is loaded locally: it runs on %s, and the host lends memory of %s", what, where, home)
+    return False
+
+
+def _say_tier(session: Session) -> None:
+    """Once: what this kind of sharing saves, and what it does not."""
+    if "tier" not in _said:
+        _said["tier"] = session.endpoint.url
+        log.info(
+            "[lunashm] the host lends RAM: one copy there for all, and one in this ComfyUI's own VRAM while in use; "
+            "to share VRAM, too: lunashm serve --device cuda:N"
+        )
 
 
 def _report(files: list[binding.SharedFile], private: list[tuple[str, Any]]) -> None:

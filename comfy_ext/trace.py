@@ -128,6 +128,7 @@ class Slot:
 class Trace:
     """One stock loader call. Use as a context manager around it, in the thread that makes it."""
 
+    home: torch.device = field(default_factory=lambda: torch.device("cpu"))
     files: list[FileTensors] = field(default_factory=list)
     _slots: dict[tuple[int, str], Slot] = field(default_factory=dict)
 

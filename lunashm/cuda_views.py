@@ -10,8 +10,8 @@ from math import prod
 
 import torch
 
-from lunashm.errors import SharedMemoryError
-from lunashm.memory import CPU
+from lunashm.errors import SettingsError, SharedMemoryError
+from lunashm.memory import CPU, cuda
 from lunashm.memory.cuda_device import device_of
 from lunashm.memory.device import DeviceMapping
 
@@ -19,6 +19,18 @@ from lunashm.memory.device import DeviceMapping
 def torch_device(device: str) -> torch.device:
     """What torch calls ``cpu`` or a UUID: it numbers GPUs as the driver does. Raises WrongDevice, SettingsError."""
     return torch.device(CPU) if device == CPU else torch.device("cuda", device_of(device).gpu.ordinal)
+
+
+def device_uuid(device: torch.device) -> str:
+    """What hosts call the device that torch calls ``device``: ``cpu``, or a GPU's UUID.
+
+    Raises SettingsError for one that no host can be for: not NVIDIA's, or without cuda-bindings to ask its driver.
+    """
+    if device.type == CPU:
+        return CPU
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise SettingsError(f"{device} is no NVIDIA GPU; only those have memory that lunashm can share")
+    return cuda.resolve(f"cuda:{torch.cuda.current_device() if device.index is None else device.index}")
 
 
 def tensor_at(mapping: DeviceMapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

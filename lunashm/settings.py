@@ -18,6 +18,9 @@ import platformdirs
 
 from lunashm.errors import SettingsError
 
+AUTO = "auto"
+"""The default of several settings."""
+
 Mode = Literal["auto", "force_daemon", "force_local"]
 Fallback = Literal["wait", "local", "fail"]
 Patience = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -28,12 +31,14 @@ Gigabytes = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``roots``: directories whose files a host may open. ``endpoint``: a control URL; empty means the device's own.
 
+    ``device``: ``cpu``, ``cuda:N`` or a GPU's UUID. ``auto`` is ``cpu``, but in a ComfyUI that computes on a GPU: that
+    asks the host of its GPU, and where there is none the one of the CPU's memory.
     ``fallback``: what a client does while the host is still loading; ``wait_s`` how long it waits at most.
     ``metrics``: where a host serves them, a port or an address with one; empty means nowhere.
     ``private_gb``: what patches of one model may copy into a ComfyUI's own memory, in 1e9 bytes.
     """
 
-    device: str = "cpu"
+    device: str = AUTO
     endpoint: str = ""
     memory: Literal["auto", "posix", "memfd", "cuda-vmm", "cuda-ipc"] = "auto"
     roots: tuple[str, ...] = ()

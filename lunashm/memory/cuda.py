@@ -43,9 +43,12 @@ def devices() -> list[Gpu]:
 
 
 def resolve(device: str) -> str:
-    """``cpu``, or the UUID of what ``cuda``, ``cuda:N`` or the start of a UUID names. Raises SettingsError."""
+    """``cpu``, or the UUID of what ``cuda``, ``cuda:N`` or the start of a UUID names; ``auto`` is ``cpu`` here.
+
+    Raises SettingsError.
+    """
     named = device.lower() if device.lower().startswith((CPU, "cuda")) else device
-    if named == CPU:
+    if named in (CPU, "auto"):
         return CPU
     try:
         found = devices()

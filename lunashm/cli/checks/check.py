@@ -44,7 +44,7 @@ class Check:
 class Wanted:
     """What lunashm is to do on this machine. ``only``: nobody is interested in other devices than ``device``."""
 
-    device: str = Settings().device
+    device: str = CPU
     memory: str = Settings().memory
     only: bool = False
 

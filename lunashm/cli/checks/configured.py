@@ -16,7 +16,7 @@ def wanted(device: str | None) -> Wanted:
         chosen = settings.load({"device": device})
     except SettingsError:
         chosen = settings.Settings(device=device or CPU)
-    return Wanted(chosen.device, chosen.memory, only=device is not None)
+    return Wanted(_device(chosen), chosen.memory, only=device is not None)
 
 
 def tasks(device: str | None) -> Iterator[Task]:
@@ -30,8 +30,13 @@ def look(device: str | None = None) -> Check:
     except SettingsError as exc:
         return Check("settings", State.FAIL, exc.message, "correct it, or remove it to use the default")
     text = f"{path or 'no lunashm.toml'}; mode {chosen.mode}, device {chosen.device}, memory {chosen.memory}"
-    possible = ON_CPU if chosen.device == CPU else ON_GPU
+    possible = ON_CPU if _device(chosen) == CPU else ON_GPU
     if chosen.memory not in ("auto", *possible):
         text = f"{text}: there is no such memory on {chosen.device}"
         return Check("settings", State.FAIL, text, f"set memory to auto, {' or '.join(possible)}")
     return Check("settings", State.OK, text)
+
+
+def _device(chosen: settings.Settings) -> str:
+    """What a host would take, and every client but a ComfyUI on a GPU."""
+    return CPU if chosen.device == settings.AUTO else chosen.device

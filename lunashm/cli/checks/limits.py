@@ -8,8 +8,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from lunashm import paths, settings
+from lunashm import paths
 from lunashm.cli.checks.check import Check, State, Task
+from lunashm.memory import CPU
 from lunashm.paths import Endpoint
 
 _FEW = 4096
@@ -28,7 +29,7 @@ def tasks() -> Iterator[Task]:
 def runtime() -> Check:
     """Ours, private, and short enough for a socket's path."""
     directory = paths.runtime_dir()
-    Endpoint.for_device(settings.Settings().device)
+    Endpoint.for_device(CPU)
     mode = stat.S_IMODE(directory.stat().st_mode)
     if not os.access(directory, os.W_OK | os.X_OK):
         return Check("runtime directory", State.FAIL, f"{directory} is not writable", f"chmod 700 {directory}")

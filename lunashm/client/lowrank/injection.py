@@ -124,11 +124,12 @@ class Injection:
         """The layer's own forward with the updated weight in the shared one's place, for this call."""
         parameters: dict[str, torch.Tensor | None] = self._module._parameters  # type: ignore[assignment]
         weight = self._weight
+        shown = weight.to(x.device)  # offloaded to RAM: updated where the input is
         dtype = x.dtype if x.is_floating_point() else weight.dtype
         if self._update.is_dense:
-            updated = self._update.apply_to(weight).to(dtype)
+            updated = self._update.apply_to(shown).to(dtype)
         else:
-            updated = self._update.merged(weight, _factor_dtype(x.device, dtype), dtype)
+            updated = self._update.merged(shown, _factor_dtype(x.device, dtype), dtype)
         parameters["weight"] = torch.nn.Parameter(updated, requires_grad=False)
         try:
             return self._stock(x, *args, **kwargs)
