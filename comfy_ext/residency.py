@@ -19,6 +19,9 @@ from .binding import Binding, binding_of
 from .layers import nbytes_of
 from .weight_hooks import HookedPatcher
 
+_NO_LIMIT = 1e32
+"""As ComfyUI has it, and its log lines leave it out."""
+
 
 class ResidentPatcher(HookedPatcher):
     """The part of a shared model's patcher that knows where its tensors are."""
@@ -49,7 +52,7 @@ class ResidentPatcher(HookedPatcher):
     def _load_weights(self, budget_nbytes: float, force_patch_weights: bool, full_load: bool) -> None:
         """Stock's load. ``budget_nbytes``: what may be on the device then, where it needs copies."""
         if not self._copies:
-            super().load(self.load_device, force_patch_weights=force_patch_weights, full_load=True)
+            super().load(self.load_device, _NO_LIMIT, force_patch_weights=force_patch_weights, full_load=True)
             self.model.model_loaded_weight_memory = self.model_size()
             return
         super().load(self.load_device, budget_nbytes, force_patch_weights=force_patch_weights, full_load=full_load)
