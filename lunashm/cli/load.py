@@ -30,6 +30,7 @@ from lunashm.errors import (
     from_code,
 )
 from lunashm.manifest import DtypeRule, check_rules
+from lunashm.memory import CPU
 
 _LOOK_S = 0.2
 """How often the wait for the answer wakes up, so that Ctrl-C is heard."""
@@ -45,12 +46,17 @@ Wait = Annotated[
 
 
 For = Annotated[
-    Literal["comfyui"] | None,
-    typer.Option("--for", help="The dtypes a ComfyUI on CPU takes, so that it attaches to this load."),
+    Literal["comfyui", "comfyui-cpu", "comfyui-gpu"] | None,
+    typer.Option("--for", help="The dtypes a ComfyUI takes on the host's device, or on that, so that it attaches."),
 ]
 
-COMFYUI_CPU = ("F32", "cond_stage_model.=F16", "conditioner.=F16", "text_encoders.=F16")
+_TEXT_ENCODERS = ("cond_stage_model.=F16", "conditioner.=F16", "text_encoders.=F16")
+
+COMFYUI_CPU = ("F32", *_TEXT_ENCODERS)
 """ComfyUI 0.28 with --cpu: UNet and VAE in float32, the text encoders of a checkpoint in fp16."""
+
+COMFYUI_GPU = ("first_stage_model.=BF16", "vae.=BF16", *_TEXT_ENCODERS)
+"""ComfyUI 0.28 without flags on a GPU that computes in bf16 (Ampere and newer): UNets in half precision as stored."""
 
 
 def load(
@@ -73,8 +79,7 @@ def load(
     path = str(Path(file).expanduser().absolute())
     if not is_text(path):
         raise UnsupportedFormat(f"{path!r} has bytes in its name that are not UTF-8; rename it")
-    wanted = [*(COMFYUI_CPU if for_ == "comfyui" else ()), *(dtype or [])]
-    request = p.Load(path, rules(wanted), wait_s)
+    rules(dtype or [])  # before anybody is asked
     bar = _Bar(path)
     address = one(endpoint, device)
     with contextlib.ExitStack() as stack:
@@ -82,6 +87,7 @@ def load(
         stack.callback(connection.close)
         if not as_json and bar.visible:
             stack.enter_context(bar.progress)
+        request = p.Load(path, rules([*_comfyui(for_, connection.host.device), *(dtype or [])]), wait_s)
         try:
             reply = _await(connection, connection.submit(request), wait_s + REPLY_S)
         except PathNotAllowed as exc:
@@ -105,6 +111,14 @@ def load(
     text = f"{model.name} was loaded already" if reply.was_loaded else f"loaded {model.name} in {_took(model)}"
     text += f": {count(model.tensors, 'tensor')}, {size(model.nbytes)} {dtypes(model)}, blake3 {model.digest[:12]}"
     output.result({"model": model, "was_loaded": reply.was_loaded}, text)
+
+
+def _comfyui(what: str | None, device: str) -> tuple[str, ...]:
+    """What ``--for`` means beside a host of ``device``."""
+    if what is None:
+        return ()
+    on_cpu = what == "comfyui-cpu" or (what == "comfyui" and device == CPU)
+    return COMFYUI_CPU if on_cpu else COMFYUI_GPU
 
 
 def _unused(connection: Connection, model: p.ModelInfo, texts: list[str]) -> list[str]:

@@ -63,10 +63,17 @@ def serve(
     )
     if not chosen.roots:
         log.info("no root is configured: serving files below the home directory, %s (--root DIR narrows it)", roots[0])
+    if chosen.device == settings.AUTO and not chosen.endpoint and gpus_there():
+        log.info("this host lends RAM, and the machine has a GPU; to share its memory: lunashm serve --device cuda:0")
     try:
         _serve(chosen, device, address, roots, metrics_at, Output(as_json))
     except KeyboardInterrupt:
         log.info("interrupted before it was ready")
+
+
+def gpus_there(listed: Path = Path("/proc/driver/nvidia/gpus")) -> bool:
+    """Whether NVIDIA's driver knows of a GPU. Starts nothing on it."""
+    return listed.is_dir() and any(listed.iterdir())
 
 
 def existing_roots(roots: tuple[str, ...]) -> tuple[str, ...]:

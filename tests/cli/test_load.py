@@ -75,6 +75,13 @@ def test_a_dtype_without_prefix_is_for_all_tensors():
         load.rules(["Q4"])
 
 
+def test_what_a_comfyui_takes_depends_on_where_it_computes():
+    assert load._comfyui(None, "cpu") == ()
+    assert load._comfyui("comfyui", "cpu") == load._comfyui("comfyui-cpu", "GPU-1") == load.COMFYUI_CPU
+    assert load._comfyui("comfyui", "GPU-1") == load._comfyui("comfyui-gpu", "cpu") == load.COMFYUI_GPU
+    assert load.rules(list(load.COMFYUI_GPU))[0] == DtypeRule("", "")  # a UNet as it is stored
+
+
 def test_ctrl_c_leaves_the_load_running_and_says_so(cli, models, monkeypatch):
     path = checkpoint(models / "kept.safetensors")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import lunashm.client
 from lunashm.cli import control, exits
+from lunashm.cli.serve import gpus_there
 from lunashm.paths import Endpoint, HostLock
 from lunashm.protocol import HostInfo
 
@@ -139,3 +140,9 @@ print(allow_descriptors(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == [str(then)] * 2
+
+
+def test_a_host_of_ram_knows_of_gpus_by_what_the_driver_lists(tmp_path):
+    assert not gpus_there(tmp_path / "none") and not gpus_there(tmp_path)
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert gpus_there(tmp_path)
