@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _tier(item: pytest.Item) -> str:
-    return next((tier for tier in ("comfy", "gpu") if item.get_closest_marker(tier) is not None), "core")
+    return next((tier for tier in tiers.TIERS[1:] if item.get_closest_marker(tier) is not None), "core")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

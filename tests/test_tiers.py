@@ -27,6 +27,14 @@ def test_comfy_runs_where_the_variable_names_a_checkout(checkout: Path) -> None:
     assert tiers.against("comfy") == f" against {checkout} 0.28.0"
 
 
+def test_comfy_on_a_stand_in_gpu_needs_a_checkout_and_no_gpu(checkout: Path) -> None:
+    assert tiers.why_not("comfy_gpu") == f"no checkout at {checkout} (LUNASHM_COMFYUI names another)"
+    checkout.mkdir()
+    (checkout / "main.py").touch()
+    assert tiers.why_not("comfy_gpu") is None
+    assert tiers.against("comfy_gpu") == f" against {checkout} of unknown version"
+
+
 def test_comfy_is_looked_for_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUNASHM_COMFYUI", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,7 @@
-"""Which tiers of tests this machine can run: core always, comfy with a ComfyUI checkout, gpu with a GPU."""
+"""Which tiers of tests this machine can run: core always, comfy and comfy_gpu with a ComfyUI checkout, gpu with a GPU.
+
+comfy_gpu is ComfyUI on a stand-in for a GPU, which needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import re
 from pathlib import Path
 
-TIERS = ("core", "comfy", "gpu")
+TIERS = ("core", "comfy", "comfy_gpu", "gpu")
+_ON_COMFY = ("comfy", "comfy_gpu")
 
 
 def _comfy_folder() -> Path:
@@ -37,7 +41,7 @@ def cuda_device() -> str | None:
 
 def why_not(tier: str) -> str | None:
     """Why this machine cannot run a tier; None where it can."""
-    if tier == "comfy" and comfy_checkout() is None:
+    if tier in _ON_COMFY and comfy_checkout() is None:
         return f"no checkout at {_comfy_folder()} (LUNASHM_COMFYUI names another)"
     if tier == "gpu" and cuda_device() is None:
         return "no CUDA device"
@@ -47,7 +51,7 @@ def why_not(tier: str) -> str | None:
 def against(tier: str) -> str:
     """What a tier that ran was run against."""
     checkout = comfy_checkout()
-    if tier == "comfy" and checkout is not None:
+    if tier in _ON_COMFY and checkout is not None:
         return f" against {checkout} {comfy_version(checkout)}"
     if tier == "gpu":
         return f" on {cuda_device()}"

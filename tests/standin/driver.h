@@ -75,6 +75,11 @@ int new_memory(int gpu, const char *kind, size_t size); /* a memfd full of 0xA5,
 void drop_memory(int gpu, size_t size, int fd);
 void forget_context_memory(int gpu);
 
+/* -- ledger.c: what other processes hold -- */
+
+size_t others_hold(int gpu); /* and stays so until `settle` has told them what this one holds */
+void settle(int gpu);
+
 enum { UNKNOWN = -1, NO_ACCESS = 0, MAY_READ = 1, MAY_WRITE = 3 };
 int legacy_access(CUdeviceptr at, size_t size, int *gpu); /* of all bytes of a stretch */
 int vmm_access(CUdeviceptr at, size_t size, int *gpu);

@@ -74,30 +74,44 @@ int count_legacy(const char *what)
     return strcmp(what, "pinned") ? -1 : COUNT(pinned);
 }
 
+static size_t room(int gpu)
+{
+    size_t taken = used[gpu] + others_hold(gpu);
+    return taken < memory_size() ? memory_size() - taken : 0;
+}
+
+static int book(int gpu, size_t size)
+{
+    int fits = size <= room(gpu);
+    used[gpu] += fits ? size : 0;
+    settle(gpu);
+    return fits;
+}
+
 int new_memory(int gpu, const char *kind, size_t size)
 {
-    if (size > memory_size() - used[gpu])
+    if (!book(gpu, size))
         return -1;
     char name[64];
     snprintf(name, sizeof name, "standin-gpu%d-%s", gpu, kind);
     int fd = memfd_create(name, MFD_CLOEXEC);
-    if (fd < 0)
-        return -1;
-    void *at = ftruncate(fd, size) ? MAP_FAILED : mmap(NULL, size, PROT_WRITE, MAP_SHARED, fd, 0);
+    void *at = fd < 0 || ftruncate(fd, size) ? MAP_FAILED : mmap(NULL, size, PROT_WRITE, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) {
-        close(fd);
+        drop_memory(gpu, size, fd);
         return -1;
     }
     memset(at, 0xA5, size); /* whatever was there before: a GPU clears nothing either */
     munmap(at, size);
-    used[gpu] += size;
     return fd;
 }
 
 void drop_memory(int gpu, size_t size, int fd)
 {
+    others_hold(gpu);
     used[gpu] -= size;
-    close(fd);
+    settle(gpu);
+    if (fd >= 0)
+        close(fd);
 }
 
 static struct block *new_block(int gpu, size_t size, int shared)
@@ -198,7 +212,8 @@ CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
 {
     ENTER("cuMemGetInfo", IN_CONTEXT);
     *total = memory_size();
-    *free_bytes = *total - used[current()->gpu];
+    *free_bytes = room(current()->gpu);
+    settle(current()->gpu);
     return SUCCESS;
 }
 

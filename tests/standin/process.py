@@ -30,12 +30,13 @@ class Died(Exception):
 class Process:
     """``with Process(CUDA_VISIBLE_DEVICES="1") as client: client("x = 1"); client("x + 1")``"""
 
-    def __init__(self, *, nvml: bool = False, **variables: str | None) -> None:
+    def __init__(self, *, nvml: bool = False, accelerator: bool = False, **variables: str | None) -> None:
         self.received: list[int] = []
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-c", _CHILD.format(fd=theirs.fileno())]
-            self._child = subprocess.Popen(command, env=environment(nvml=nvml, **variables), pass_fds=[theirs.fileno()])
+            started_with = environment(nvml=nvml, accelerator=accelerator, **variables)
+            self._child = subprocess.Popen(command, env=started_with, pass_fds=[theirs.fileno()])
 
     @property
     def pid(self) -> int:

@@ -122,7 +122,7 @@ def empty_cache() -> None:
     _library.empty_cache()
 
 
-# -- random numbers: the CPU draws them, so its own seed is the devices', too ---------------------------------------------
+# -- random numbers: the CPU draws them, so its own seed is the devices', too -------------------------------------------
 
 
 def manual_seed(seed: int) -> None:
