@@ -64,7 +64,8 @@ def test_device_can_be_chosen_and_is_restored(common: Process) -> None:
 def test_results_lie_in_the_drivers_memory_too(common: Process) -> None:
     common("x = torch.rand(2, 8, 6, 6, device=npu); w = torch.rand(4, 8, 3, 3, device=npu)")
     for result in (
-        "x + 1", "x.sum()", "x.half()", "x @ x", "F.conv2d(x, w)", "F.group_norm(x, 2)", "F.interpolate(x, scale_factor=2)",
+        "x + 1", "x.sum()", "x.half()", "x @ x", "F.conv2d(x, w)", "F.group_norm(x, 2)",
+        "F.interpolate(x, scale_factor=2)",
         "torch.cat([x, x])", "x.max(0).values", "x.nonzero()", "F.embedding(torch.tensor([1], device=npu), x[0, 0])",
         "F.scaled_dot_product_attention(x, x, x)", "torch.randperm(9, device=npu)", "x.to(torch.float8_e4m3fn)",
         "x.sort().indices", "torch.stack(x.unbind())", "x.cumsum(1)", "copy.deepcopy(x)",
@@ -78,8 +79,10 @@ def test_results_are_the_cpus(common: Process, dtype: str) -> None:
     common(f"x = torch.randn(2, 8, 6, 6).to(torch.{dtype}); d = x.to(npu); layer = torch.nn.Conv2d(8, 4, 3)")
     common(f"layer.to(torch.{dtype}); device_layer = copy.deepcopy(layer).to(npu); torch.set_grad_enabled(False)")
     assert common("close(device_layer(d), layer(x))")
-    for expression in ("F.group_norm({0}, 2)", "F.scaled_dot_product_attention({0}, {0}, {0})", "{0}.softmax(1)",
-                       "F.interpolate({0}, scale_factor=2, mode='bilinear')", "{0}.transpose(1, 3)[1:, ::2].contiguous()"):
+    for expression in (
+        "F.group_norm({0}, 2)", "F.scaled_dot_product_attention({0}, {0}, {0})", "{0}.softmax(1)",
+        "F.interpolate({0}, scale_factor=2, mode='bilinear')", "{0}.transpose(1, 3)[1:, ::2].contiguous()",
+    ):  # fmt: skip
         assert common(f"close({expression.format('d')}, {expression.format('x')})"), expression
 
 
@@ -198,9 +201,15 @@ def test_view_of_foreign_memory_keeps_its_owner_until_the_last_use_is_gone(commo
     assert common("gone() is None")
 
 
+def test_views_can_be_told_from_torchs_own_memory(common: Process) -> None:
+    common("owner = Owner(4096); view = tensor_at(owner.pointer, torch.float32, (8,), owner); own = view.clone()")
+    assert common("torch.npu.owns(view), torch.npu.owns(own), torch.npu.owns(own[3:])") == (False, True, True)
+
+
 def test_write_into_memory_that_may_only_be_read_ends_the_process() -> None:
     with _process() as process:
-        process("owner = Owner(4096, readable_only=True); view = tensor_at(owner.pointer, torch.float32, (1024,), owner)")
+        process("owner = Owner(4096, readable_only=True)")
+        process("view = tensor_at(owner.pointer, torch.float32, (1024,), owner)")
         assert process("view.add(1).sum().item()") == 1024
         with pytest.raises(Died) as caught:
             process("view.add_(1)")

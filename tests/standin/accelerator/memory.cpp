@@ -290,6 +290,7 @@ extern "C" {
 
 int standin_npu_count() { return standin::device_count(); }
 int standin_npu_current() { return standin::current_device(); }
+int standin_npu_owns(int device, const void *pointer) { return standin::owns(device, pointer); }
 int standin_npu_set_current(int device) {
     if (device < 0 || device >= standin::device_count())
         return -1;

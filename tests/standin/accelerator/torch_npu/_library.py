@@ -10,6 +10,8 @@ _library = ctypes.CDLL(os.environ["LUNASHM_STANDIN_ACCELERATOR"])
 count = _library.standin_npu_count
 current = _library.standin_npu_current
 empty_cache = _library.standin_npu_empty_cache
+owns = _library.standin_npu_owns
+owns.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 class _Stats(ctypes.Structure):

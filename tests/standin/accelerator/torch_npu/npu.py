@@ -118,11 +118,16 @@ def memory_reserved(device: Device = None) -> int:
     return facts(device)["reserved"]
 
 
+def owns(tensor: torch.Tensor) -> bool:
+    """Whether its memory is torch's; else it is a view of somebody's."""
+    return not tensor.nbytes or bool(_library.owns(tensor.device.index, tensor.data_ptr()))
+
+
 def empty_cache() -> None:
     _library.empty_cache()
 
 
-# -- random numbers: the CPU draws them, so its own seed is the devices', too -------------------------------------------
+# -- random numbers: the CPU draws them, so its own seed is the devices', too ------------------------------------------
 
 
 def manual_seed(seed: int) -> None:
