@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -32,10 +32,16 @@ def distance(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> int:
 
 
 @pytest.fixture(scope="module")
-def pictures(shared_machine: Machine) -> dict[str, NDArray[np.uint8]]:
-    """What a ComfyUI on the CPU draws."""
+def on_cpu(shared_machine: Machine) -> Iterator[ComfyServer]:
+    """What its pictures are compared with."""
     with ComfyServer(comfy=comfy_checkout(), models=[shared_machine.models], arguments=FP32) as server:
-        return {"sd15": pixels(server.render(SD15)), "flux": pixels(server.render(FLUX))}
+        yield server
+
+
+@pytest.fixture(scope="module")
+def picture(on_cpu: ComfyServer) -> NDArray[np.uint8]:
+    """What SD15 is on the CPU."""
+    return pixels(on_cpu.render(SD15))
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +51,23 @@ def server(shared_machine: Machine) -> Server:
 
 @pytest.mark.parametrize("flags", [(), ("--highvram",), ("--lowvram",), ("--novram",), ("--gpu-only",)], ids=str)
 def test_picture_is_the_cpus_however_memory_is_managed(
-    machine: Machine, pictures: dict[str, NDArray[np.uint8]], flags: tuple[str, ...]
+    machine: Machine, picture: NDArray[np.uint8], flags: tuple[str, ...]
 ) -> None:
+    assert picture.std() > 1, "a flat image would prove nothing"
     server = machine.server(*FP32, *flags, lunashm=False)
-    for name, workflow in (("sd15", SD15), ("flux", FLUX)):
-        picture = pixels(server.render(workflow))
-        assert picture.std() > 1, "a flat image would prove nothing"
-        assert distance(picture, pictures[name]) <= 2
+    assert distance(pixels(server.render(SD15)), picture) <= 2
     assert "Device: npu" in server.log_text()
-    assert re.search(r"VAE load device: npu:0", server.log_text())
-    assert server.devices()[0]["to_device_bytes"] > 200 * MB or "--gpu-only" in flags
-    assert server.devices()[1]["allocations"] == 0
+    assert "VAE load device: npu:0" in server.log_text()
+    first, second = server.devices()
+    assert first["to_device_bytes"] > 50 * MB, "the UNet at least was copied there"
+    assert first["allocations"] > 1000
+    assert second["allocations"] == 0
+
+
+def test_picture_of_another_kind_of_model_is_the_cpus(server: Server, on_cpu: ComfyServer) -> None:
+    expected = pixels(on_cpu.render(FLUX))
+    assert expected.std() > 1
+    assert distance(pixels(server.render(FLUX)), expected) <= 2
 
 
 def test_models_weights_are_on_the_gpu_and_not_lent(server: Server) -> None:
@@ -90,9 +102,9 @@ def test_running_out_of_memory_is_recognised_and_survived(server: Server) -> Non
     server.render(again(SD15, 3))
 
 
-def test_model_that_does_not_fit_is_loaded_in_part(machine: Machine, pictures: dict[str, NDArray[np.uint8]]) -> None:
+def test_model_that_does_not_fit_is_loaded_in_part(machine: Machine, picture: NDArray[np.uint8]) -> None:
     server = machine.server(*FP32, "--reserve-vram", "0.1", lunashm=False, LUNASHM_STANDIN_MEMORY=str(1400 * MB))
-    assert distance(pixels(server.render(SD15)), pictures["sd15"]) <= 2
+    assert distance(pixels(server.render(SD15)), picture) <= 2
     assert "loaded partially" in server.log_text()
 
 
@@ -109,6 +121,6 @@ def test_memory_that_a_host_holds_is_not_free_for_comfyui(machine: Machine) -> N
     assert server.system_stats()["devices"][0]["vram_free"] >= before
 
 
-def test_server_with_the_extension_draws_the_same(machine: Machine, pictures: dict[str, NDArray[np.uint8]]) -> None:
+def test_server_with_the_extension_draws_the_same(machine: Machine, picture: NDArray[np.uint8]) -> None:
     server = machine.server(*FP32)
-    assert distance(pixels(server.render(SD15)), pictures["sd15"]) <= 2
+    assert distance(pixels(server.render(SD15)), picture) <= 2
