@@ -31,7 +31,11 @@ struct Stats {
 int device_count();
 int current_device();
 void set_current_device(int device);
-Stats &stats(int device); /* not locked: figures are for looking at */
+Stats figures(int device);
+void begin_figures_anew(int device); /* peaks at what is, counts at 0 */
+void copied(int device, bool to_device, int64_t nbytes);
+void memory_of(int device, size_t *free, size_t *total); /* as the driver says */
+void empty_cache();
 
 /* Memory of a device; `seen_as` is what a tensor over it says. Raises OutOfMemoryError. */
 c10::DataPtr allocate(int device, size_t nbytes, c10::Device seen_as);

@@ -1,4 +1,4 @@
-/* What torch asks of a backend: its devices, its random numbers, and who else has a say. Streams do nothing. */
+/* What torch asks of a backend besides memory and kernels: its devices and random numbers. Streams do nothing. */
 
 #include "accelerator.h"
 
@@ -97,3 +97,16 @@ at::Generator cpu_generator(const at::Generator &generator) {
 }
 
 } // namespace standin
+
+/* -- for torch_npu, by ctypes; it knows which devices there are -- */
+
+extern "C" {
+int standin_npu_count() { return standin::device_count(); }
+int standin_npu_current() { return standin::current_device(); }
+void standin_npu_set_current(int device) { standin::set_current_device(device); }
+int standin_npu_owns(int device, const void *pointer) { return standin::owns(device, pointer); }
+void standin_npu_stats(int device, standin::Stats *into) { *into = standin::figures(device); }
+void standin_npu_reset(int device) { standin::begin_figures_anew(device); }
+void standin_npu_empty_cache() { standin::empty_cache(); }
+void standin_npu_memory(int device, size_t *free, size_t *total) { standin::memory_of(device, free, total); }
+}

@@ -1,11 +1,10 @@
 /* Where tensors lie: a caching allocator like torch's own, over cuMemAlloc of the stand-in driver. */
 
 #include "accelerator.h"
+#include "driver.h"
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
-
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <map>
@@ -17,51 +16,8 @@ namespace {
 
 constexpr size_t GRAIN = 512, SMALL = 1 << 20, SMALL_SEGMENT = 2 << 20, LARGE_SEGMENT = 20 << 20;
 
-struct Driver {
-    int (*init)(unsigned);
-    int (*count)(int *);
-    int (*retain)(void **, int);
-    int (*push)(void *);
-    int (*pop)(void **);
-    int (*alloc)(uint64_t *, size_t);
-    int (*free)(uint64_t);
-    int (*info)(size_t *, size_t *);
-    int (*host_alloc)(void **, size_t, unsigned);
-    int (*host_free)(void *);
-    int devices = 0;
-    void *contexts[MAX_DEVICES] = {};
-
-    Driver() {
-        void *library = dlopen("libcuda.so.1", RTLD_NOW);
-        TORCH_CHECK(library, "no stand-in driver: start this process with tests.standin.build.environment()");
-        TORCH_CHECK(dlsym(library, "standin_live"), "libcuda.so.1 is not the stand-in; its memory is no host memory");
-        auto find = [&](auto &function, const char *name) {
-            function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
-            TORCH_CHECK(function, "the stand-in driver has no ", name);
-        };
-        find(init, "cuInit"), find(count, "cuDeviceGetCount"), find(retain, "cuDevicePrimaryCtxRetain");
-        find(push, "cuCtxPushCurrent_v2"), find(pop, "cuCtxPopCurrent_v2"), find(info, "cuMemGetInfo_v2");
-        find(alloc, "cuMemAlloc_v2"), find(free, "cuMemFree_v2");
-        find(host_alloc, "cuMemHostAlloc"), find(host_free, "cuMemFreeHost");
-        if (init(0) || count(&devices))
-            devices = 0;
-        for (int i = 0; i < devices; i++)
-            TORCH_CHECK(!retain(&contexts[i], i), "the stand-in driver refused a context on device ", i);
-    }
-};
-
-Driver &driver() {
-    static Driver *made = new Driver; /* never destroyed: tensors may live longer */
-    return *made;
-}
-
-struct InContext {
-    explicit InContext(int device) { TORCH_CHECK(!driver().push(driver().contexts[device]), "no context"); }
-    ~InContext() { void *before; driver().pop(&before); }
-};
-
 struct Block {
-    size_t size, asked;
+    size_t size;
     char *segment;
     bool used, small;
 };
@@ -120,15 +76,14 @@ void add_segment(int device, size_t size, bool small, size_t asked) {
     }
     if (!at) {
         pool.stats.ooms++;
-        size_t free = 0, total = 0;
-        InContext context(device);
-        driver().info(&free, &total);
+        size_t free, total;
+        memory_of(device, &free, &total);
         TORCH_CHECK_WITH(OutOfMemoryError, false, "NPU out of memory. Tried to allocate ", asked, " bytes. Device ", device,
             " has a total capacity of ", total, " bytes of which ", free, " are free; this process has reserved ",
             pool.stats.reserved, ", ", pool.stats.allocated, " of them in tensors.");
     }
     pool.segments[at] = size;
-    pool.blocks[at] = {size, 0, at, false, small};
+    pool.blocks[at] = {size, at, false, small};
     pool.unused[small].insert({size, at});
 }
 
@@ -148,12 +103,11 @@ void *take(int device, size_t nbytes) {
     Block &block = pool.blocks.at(at);
     size_t rest = block.size - size;
     if (rest >= (small ? GRAIN : SMALL)) {
-        pool.blocks[at + size] = {rest, 0, block.segment, false, small};
+        pool.blocks[at + size] = {rest, block.segment, false, small};
         pool.unused[small].insert({rest, at + size});
         block.size = size;
     }
     block.used = true;
-    block.asked = nbytes;
     Stats &s = pool.stats;
     s.allocated += block.size, s.live++, s.allocations++;
     s.allocated_peak = std::max(s.allocated_peak, s.allocated);
@@ -200,12 +154,15 @@ bool give_back(void *pointer) {
 
 void release(void *pointer) { give_back(pointer); }
 
-struct DeviceAllocator : c10::Allocator {
+struct Allocator : c10::Allocator {
+    void copy_data(void *target, const void *source, size_t nbytes) const override { default_copy_data(target, source, nbytes); }
+};
+
+struct DeviceAllocator : Allocator {
     c10::DataPtr allocate(size_t nbytes) override {
         return standin::allocate(current, nbytes, {c10::kPrivateUse1, static_cast<c10::DeviceIndex>(current)});
     }
     c10::DeleterFnPtr raw_deleter() const override { return &release; }
-    void copy_data(void *target, const void *source, size_t nbytes) const override { default_copy_data(target, source, nbytes); }
 };
 
 c10::Allocator *const torchs = c10::GetCPUAllocator();
@@ -216,12 +173,11 @@ void release_any(void *pointer) {
 }
 
 /* Takes the place of torch's CPU allocator, and is it for all that does not run under an AllocateOn. */
-struct CpuAllocator : c10::Allocator {
+struct CpuAllocator : Allocator {
     c10::DataPtr allocate(size_t nbytes) override {
         return allocate_on < 0 ? torchs->allocate(nbytes) : standin::allocate(allocate_on, nbytes, c10::Device(c10::kCPU));
     }
     c10::DeleterFnPtr raw_deleter() const override { return &release_any; } /* oneDNN frees by it */
-    void copy_data(void *target, const void *source, size_t nbytes) const override { default_copy_data(target, source, nbytes); }
 };
 
 void release_pinned(void *pointer) {
@@ -231,7 +187,7 @@ void release_pinned(void *pointer) {
     driver().host_free(pointer);
 }
 
-struct PinnedAllocator : c10::Allocator {
+struct PinnedAllocator : Allocator {
     c10::DataPtr allocate(size_t nbytes) override {
         std::lock_guard<std::mutex> lock(mutex);
         InContext context(0);
@@ -241,20 +197,17 @@ struct PinnedAllocator : c10::Allocator {
             pinned.insert(pointer);
         return {pointer, pointer, &release_pinned, c10::Device(c10::kCPU)};
     }
-    void copy_data(void *target, const void *source, size_t nbytes) const override { default_copy_data(target, source, nbytes); }
 };
 
-DeviceAllocator *on_devices = new DeviceAllocator;
-CpuAllocator *on_cpu = new CpuAllocator;
-PinnedAllocator *on_pinned = new PinnedAllocator;
+auto *on_devices = new DeviceAllocator; /* never destroyed: tensors may live longer */
+auto *on_pinned = new PinnedAllocator;
 REGISTER_ALLOCATOR(c10::kPrivateUse1, on_devices);
-const bool replaced = (c10::SetCPUAllocator(on_cpu, 255), true);
+const bool replaced = (c10::SetCPUAllocator(new CpuAllocator, 255), true);
 
 } // namespace
 
 int device_count() { return driver().devices; }
 int current_device() { return current; }
-Stats &stats(int device) { return pools[device].stats; }
 c10::Allocator *device_allocator() { return on_devices; }
 c10::Allocator *pinned_allocator() { return on_pinned; }
 
@@ -279,48 +232,41 @@ bool is_pinned(const void *pointer) {
     return pinned.count(pointer);
 }
 
-AllocateOn::AllocateOn(int device) : before(allocate_on) { allocate_on = device; }
-AllocateOn::~AllocateOn() { allocate_on = before; }
-
-} // namespace standin
-
-/* -- for torch_npu, by ctypes -- */
-
-extern "C" {
-
-int standin_npu_count() { return standin::device_count(); }
-int standin_npu_current() { return standin::current_device(); }
-int standin_npu_owns(int device, const void *pointer) { return standin::owns(device, pointer); }
-int standin_npu_set_current(int device) {
-    if (device < 0 || device >= standin::device_count())
-        return -1;
-    standin::set_current_device(device);
-    return 0;
+Stats figures(int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return pools[device].stats;
 }
 
-void standin_npu_stats(int device, standin::Stats *into) {
-    std::lock_guard<std::mutex> lock(standin::mutex);
-    *into = standin::pools[device].stats;
-}
-
-/* Peaks begin anew at what is; what was counted begins at 0. */
-void standin_npu_reset(int device) {
-    std::lock_guard<std::mutex> lock(standin::mutex);
-    standin::Stats &s = standin::pools[device].stats, now = {};
+void begin_figures_anew(int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    Stats &s = pools[device].stats, now = {};
     now.allocated = now.allocated_peak = s.allocated;
     now.reserved = now.reserved_peak = s.reserved;
     now.live = s.live;
     s = now;
 }
 
-void standin_npu_empty_cache() {
-    std::lock_guard<std::mutex> lock(standin::mutex);
-    for (int device = 0; device < standin::device_count(); device++)
-        standin::give_back_unused(device);
+void copied(int device, bool to_device, int64_t nbytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    Stats &s = pools[device].stats;
+    (to_device ? s.to_device : s.from_device)++;
+    (to_device ? s.to_device_bytes : s.from_device_bytes) += nbytes;
+    int64_t &largest = to_device ? s.to_device_largest : s.from_device_largest;
+    largest = std::max(largest, nbytes);
 }
 
-void standin_npu_memory(int device, size_t *free, size_t *total) {
-    standin::InContext context(device);
-    standin::driver().info(free, total);
+void empty_cache() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (int device = 0; device < device_count(); device++)
+        give_back_unused(device);
 }
+
+void memory_of(int device, size_t *free, size_t *total) {
+    InContext context(device);
+    driver().info(free, total);
 }
+
+AllocateOn::AllocateOn(int device) : before(allocate_on) { allocate_on = device; }
+AllocateOn::~AllocateOn() { allocate_on = before; }
+
+} // namespace standin

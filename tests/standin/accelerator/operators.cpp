@@ -53,14 +53,10 @@ Tensor &set_storage(Tensor &self, at::Storage source) {
 
 Tensor copy_from(const Tensor &self, const Tensor &target, bool) {
     auto nbytes = static_cast<int64_t>(self.nbytes());
-    if (target.is_privateuseone() && target.device() != self.device()) {
-        Stats &s = stats(target.device().index());
-        s.to_device++, s.to_device_bytes += nbytes, s.to_device_largest = std::max(s.to_device_largest, nbytes);
-    }
-    if (self.is_privateuseone() && target.device() != self.device()) {
-        Stats &s = stats(self.device().index());
-        s.from_device++, s.from_device_bytes += nbytes, s.from_device_largest = std::max(s.from_device_largest, nbytes);
-    }
+    if (target.is_privateuseone() && target.device() != self.device())
+        copied(target.device().index(), true, nbytes);
+    if (self.is_privateuseone() && target.device() != self.device())
+        copied(self.device().index(), false, nbytes);
     as_cpu(target).copy_(as_cpu(self));
     return target;
 }
