@@ -1,4 +1,4 @@
-"""What a host lends on a GPU, as tensors of another device than the CPU: the stand-in accelerator's, in place of CUDA's."""
+"""What a host lends on a GPU, as tensors that are not the CPU's: the stand-in accelerator's, in place of CUDA's."""
 
 from __future__ import annotations
 
