@@ -37,10 +37,17 @@ class HostProcess:
     """Context manager: serving on entry, gone (and its segments with it) on exit."""
 
     def __init__(
-        self, *, roots: Sequence[str | Path], start_timeout_s: float = 60.0, stop_timeout_s: float = 15.0
+        self,
+        *,
+        roots: Sequence[str | Path],
+        start_timeout_s: float = 60.0,
+        stop_timeout_s: float = 15.0,
+        device: str = "cpu",
+        memory: str = "auto",
     ) -> None:
         self.roots = [str(Path(root).resolve()) for root in roots]
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
+        self.device, self.memory = device, memory
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="lunashm-bench-"))
         weakref.finalize(self, shutil.rmtree, self.runtime_dir, True)  # runs after the process's own, made later
         self.endpoint = Endpoint.parse(f"ipc://{self.runtime_dir / 'host'}.sock")
@@ -56,7 +63,7 @@ class HostProcess:
             "LUNASHM_RUNTIME_DIR": str(self.runtime_dir),
             "LUNASHM_ENDPOINT": self.endpoint.url,
             "LUNASHM_CONFIG": str(self._config),
-            "LUNASHM_DEVICE": "cpu",
+            "LUNASHM_DEVICE": self.device,
             "LUNASHM_MODE": "force_daemon",
         }
 
@@ -81,7 +88,8 @@ class HostProcess:
     def start(self) -> Self:
         """Start it and wait until clients can connect; stops it if that takes too long."""
         self._config.touch()
-        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url, "--device", "cpu"]
+        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url]
+        command += ["--device", self.device, "--memory", self.memory]
         for root in self.roots:
             command += ["--root", root]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LUNASHM_")}

@@ -121,14 +121,14 @@ class Report:
             name: dataclasses.asdict(spread(series)) for name, series in self.samples.items() if series
         }
         whole = {**dataclasses.asdict(self), "spread": spreads, "met": self.met}
-        return {key: _finite(value) for key, value in whole.items()}
+        return {key: finite(value) for key, value in whole.items()}
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -194,7 +194,7 @@ def emit(
 
     `draw` makes the PNG (default: every series of samples); a missing matplotlib is its ImportError.
     """
-    text = _lists_on_one_line(json.dumps(report.as_dict(), indent=2))
+    text = lists_on_one_line(json.dumps(report.as_dict(), indent=2))
     if as_json:
         print(text)
     else:
@@ -211,7 +211,7 @@ def emit(
     return report.met
 
 
-def _lists_on_one_line(text: str) -> str:
+def lists_on_one_line(text: str) -> str:
     """JSON whose lists of plain values take one line each, so that a person can read the rest."""
     return re.sub(r"\[\n[^\[\]{}]*\n\s*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PYTHON_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Of the processes that tests start: packages may come in by it, too."""
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -41,7 +43,7 @@ class Entry:
             from tests.standin import build
 
             return build.environment()
-        return os.environ | {"PYTHONPATH": str(ROOT)}
+        return os.environ | {"PYTHONPATH": PYTHON_PATH}
 
 
 def _cuda(standin: bool) -> list[Entry]:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tests.contracts.remote import RemoteSegment
-from tests.contracts.rungs import ROOT
+from tests.contracts.rungs import PYTHON_PATH, ROOT
 
 ANSWER_S = 120.0
 """torch and a context take seconds to start; only a client that hangs takes this long."""
@@ -30,7 +30,7 @@ class Program:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.client", what, handle, str(-1 if descriptor is None else descriptor)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, cwd=ROOT, text=True,
+            env=os.environ | {"PYTHONPATH": PYTHON_PATH} | environment, cwd=ROOT, text=True,
             pass_fds=[] if descriptor is None else [descriptor],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import checkpoints
-from tests.contracts.rungs import ROOT
+from tests.contracts.rungs import PYTHON_PATH, ROOT
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +68,7 @@ class Serving:
 
 def client(what: str, runtime: Path, path: Path, device: str, **variables: str) -> dict[str, Any]:
     """What ``python -m tests.gpu.attached WHAT`` says."""
-    environment = os.environ | {"LUNASHM_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT)} | variables
+    environment = os.environ | {"LUNASHM_RUNTIME_DIR": str(runtime), "PYTHONPATH": PYTHON_PATH} | variables
     command = [sys.executable, "-m", "tests.gpu.attached", what, str(path), device]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=_DEADLINE_S, check=False

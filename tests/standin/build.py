@@ -82,9 +82,10 @@ def environment(*, nvml: bool = False, accelerator: bool = False, **variables: s
     """
     inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     paths = [str(folder()), *([str(nvml_folder())] if nvml else []), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    inherited |= {"LD_LIBRARY_PATH": ":".join(paths), "PYTHONPATH": str(_ROOT)}
+    modules = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     if accelerator:
-        inherited["PYTHONPATH"] = f"{_ACCELERATOR}:{_ROOT}"
+        modules.insert(0, str(_ACCELERATOR))
         inherited["LUNASHM_STANDIN_ACCELERATOR"] = str(_accelerator())
+    inherited |= {"LD_LIBRARY_PATH": ":".join(paths), "PYTHONPATH": os.pathsep.join(modules)}
     merged = {**inherited, **variables}
     return {name: value for name, value in merged.items() if value is not None}

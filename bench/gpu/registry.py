@@ -1,0 +1,8 @@
+"""The parts of the GPU suite, in the order in which they run. A part comes in by one line here."""
+
+from __future__ import annotations
+
+from bench.gpu import contract
+from bench.gpu.part import Part
+
+PARTS: tuple[Part, ...] = (contract.PART,)
