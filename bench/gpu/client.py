@@ -228,6 +228,49 @@ def _capture(flat: torch.Tensor, x: torch.Tensor, found: dict[str, object]) -> N
     found["graph replays the same"] = bool(torch.equal(out, expected))
 
 
+# -- other loaders -----------------------------------------------------------------------------------------------------
+
+
+def load_with(options: Options) -> None:
+    """Seconds until every tensor of the file is on the device, by ``loader``; the context is there before."""
+    torch_gpu.start_context()
+    loaders = {"safetensors": _safetensors, "safetensors, then to()": _safetensors_to, "fastsafetensors": _fast}
+    load = loaders[options["loader"]]()
+    gc.collect()
+    began = time.perf_counter()
+    tensors = load(options["file"], str(torch_gpu.device()))
+    torch.cuda.synchronize()
+    took_s = time.perf_counter() - began
+    say({"took_s": took_s, "nbytes": sum(tensor.nbytes for tensor in tensors.values()), "tensors": len(tensors)})
+
+
+_Loader = Callable[[str, str], dict[str, torch.Tensor]]
+
+
+def _safetensors() -> _Loader:
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    return lambda file, device: load_file(file, device=device)
+
+
+def _safetensors_to() -> _Loader:
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    return lambda file, device: {name: tensor.to(device) for name, tensor in load_file(file).items()}
+
+
+def _fast() -> _Loader:
+    """fastsafetensors without GPUDirect Storage, which few machines have."""
+    from fastsafetensors import fastsafe_open  # type: ignore[import-not-found] # noqa: PLC0415
+
+    def load(file: str, device: str) -> dict[str, torch.Tensor]:
+        opened = fastsafe_open(filenames=[file], device=device, nogds=True)
+        load.opened = opened  # type: ignore[attr-defined] # the tensors are views of its buffers
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+
+    return load
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +305,7 @@ def fill(options: Options) -> None:
         wait()
 
 
-PROGRAMS = {each.__name__: each for each in (death, write, look, first_attach, attach_again, allocator, hold, fill)}
+PROGRAMS = {each.__name__: each for each in (death, write, look, first_attach, attach_again, allocator, load_with, hold, fill)}
 
 
 class _Listener(logging.Handler):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bench.gpu import contract
+from bench.gpu import contract, loading
 from bench.gpu.part import Part
 
-PARTS: tuple[Part, ...] = (contract.PART,)
+PARTS: tuple[Part, ...] = (
+    contract.PART,
+    loading.PART,
+)
