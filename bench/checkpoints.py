@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from bench.random_weights import DTYPES, Shapes, fill, write
+from bench.root import ROOT
 
 MAKE_TIMEOUT_S = 600
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class CheckpointError(Exception):

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.checkpoints import ROOT
+from bench.root import ROOT
 from lunashm.paths import Endpoint, find_host
 from lunashm.protocol import HostInfo
 

@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.checkpoints import ROOT
 from bench.gpu import chart, machine, page, suite
 from bench.gpu.part import Part
 from bench.gpu.step import REGISTRY, parts_of
 from bench.gpu.suite import PART_LIMIT_S, Run
+from bench.root import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 ALL_MET, MISSED, OPEN = 0, 1, 2

@@ -14,7 +14,6 @@ from bench.gpu import clients, files
 from bench.gpu.part import Context, Measured
 from bench.host import HostProcess
 from bench.report import Figure, median
-from lunashm.memory import ON_GPU
 
 SIZES_GB = (1, 2, 4, 8)
 FRESH = {("cuda-vmm", True): 5, ("cuda-vmm", False): 3, ("cuda-ipc", True): 3, ("cuda-ipc", False): 2}
@@ -31,7 +30,7 @@ def run(context: Context) -> Measured:
     figures: list[Figure] = []
     samples: Samples = {}
     try:
-        for rung in ON_GPU:
+        for rung in clients.rungs(context):
             with clients.host(context, sdxl, rung) as host:
                 for file in (sdxl, *ladder):
                     clients.load(host, file)

@@ -16,9 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.checkpoints import ROOT
 from bench.gpu import record
 from bench.gpu.part import Measured
+from bench.root import ROOT
 
 _MARK = "BENCH_GPU_STEP"
 """In the environment of all processes of a step; hosts have sessions of their own, but this they inherit."""

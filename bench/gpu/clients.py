@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from bench.checkpoints import ROOT
 from bench.gpu.part import Context
 from bench.gpu.step import StepFailed
 from bench.host import HostProcess
+from bench.root import ROOT
 from lunashm import protocol
 from lunashm.client.connection import Connection
 from lunashm.manifest import DtypeRule
+from lunashm.memory import ON_GPU
 
 ANSWER_S = 60.0
 """torch and a context take seconds to start; only a client that hangs takes this long."""
@@ -48,6 +49,11 @@ def unload(host: HostProcess, name: str) -> None:
         connection.request(protocol.Unload(name, True))
     finally:
         connection.close()
+
+
+def rungs(context: Context) -> tuple[str, ...]:
+    """Which to look at; of what differs by a name alone one is enough for a dry run."""
+    return ON_GPU[:1] if context.dry else ON_GPU
 
 
 class Client:

@@ -6,39 +6,48 @@ In a dry run, where these have no GPU to run on, a few of the contract's own on 
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from bench.checkpoints import ROOT
 from bench.gpu import allocators, attach, deaths, environment, nvml, violation
 from bench.gpu.part import Context, Measured, Part, Step
 from bench.gpu.step import StepFailed
 from bench.report import Figure
+from bench.root import ROOT
 
-_WHOLE = ["tests/gpu"]
-_DRY = ["tests/contracts/test_memory_contract.py", "tests/gpu/test_torch.py", "-k", "cuda and (frozen or mapped)"]
+_CONTRACT = ["tests/gpu/test_contract.py"]
+_TORCH = ["tests/gpu/test_torch.py", "tests/gpu/test_others.py", "tests/gpu/test_attach.py"]
+_DRY = ["tests/contracts/test_memory_contract.py", "-k", "cuda and written"]
 _LAST_LINES = 15
 
 
-def run(context: Context) -> Measured:
+def contract(context: Context) -> Measured:
+    return _run(_DRY if context.dry else _CONTRACT, context)
+
+
+def with_torch(context: Context) -> Measured:
+    """In a dry run they are only collected, and skip with their reason."""
+    return _run(_TORCH, context)
+
+
+def _run(chosen: list[str], context: Context) -> Measured:
     """Raises StepFailed where pytest is missing, or where nothing ran."""
     if importlib.util.find_spec("pytest") is None:
         raise StepFailed("the contract suite needs pytest: carry pytest and pytest-timeout, see bench/gpu/README.md")
     with tempfile.TemporaryDirectory(prefix="lunashm-gpu-") as folder:
         junit = Path(folder) / "junit.xml"
-        chosen = _DRY if context.dry else _WHOLE
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", *chosen]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={junit}", *chosen]
+        log = context.scratch / f"pytest-{chosen[0].rpartition('/')[2]}.txt"
+        with open(log, "w") as said:  # a file: it is there, too, when the step takes too long and is ended
+            done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=said, check=False)
         if not junit.exists():
-            said = (done.stdout + done.stderr)[-3000:]
-            raise StepFailed(f"pytest ended with {done.returncode} and no report:\n{said}")
+            raise StepFailed(f"pytest ended with {done.returncode} and no report:\n{log.read_text()[-3000:]}")
         found = read(junit)
-    if not found.samples["passed, s"] and not found.facts["failures"]:
-        raise StepFailed(f"no test ran; skipped: {found.facts['skipped']}\n{done.stdout[-2000:]}")
+    if not context.dry and not found.samples["passed, s"] and not found.facts["failures"]:
+        raise StepFailed(f"no test ran; skipped: {found.facts['skipped']}\n{log.read_text()[-2000:]}")
     return found
 
 
@@ -75,11 +84,12 @@ PART = Part(
     1, "contract", "the contract on a real driver, and facts that only it knows",
     (
         Step("environment", environment.run, 15),
-        Step("contract", run, 180),
-        Step("deaths", deaths.run, 40),
-        Step("violation", violation.run, 40),
-        Step("attach", attach.run, 90),
-        Step("allocators", allocators.run, 60),
-        Step("nvml", nvml.run, 40),
+        Step("contract", contract, 75),
+        Step("deaths", deaths.run, 35),
+        Step("violation", violation.run, 30),
+        Step("attach", attach.run, 85),
+        Step("nvml", nvml.run, 35),
+        Step("allocators", allocators.run, 40),
+        Step("torch", with_torch, 150),
     ),
 )  # fmt: skip

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from blake3 import blake3
 
-from bench.gpu import torch_gpu
 from lunashm.memory.cuda_device import Device
 
 MIB = 1 << 20
@@ -61,6 +59,10 @@ def _on_device(gpu: Device, nbytes: int, stack: ExitStack) -> int:
 
 
 def torch_copy(block: int, nbytes: int) -> float:
+    import torch  # noqa: PLC0415 - it takes seconds, and most steps need none of it
+
+    from bench.gpu import torch_gpu  # noqa: PLC0415
+
     source = torch_gpu.pinned(block)
     target = torch.empty(block, dtype=torch.uint8, device=torch_gpu.device())
     target.copy_(source)

@@ -27,7 +27,7 @@ def run(context: Context) -> Measured:
         said = _one(context, file, rung)
         noticed = said[1].pop("noticed_ms", None) if len(said) > 1 else None
         if noticed is not None:
-            samples[f"{rung}: kill to loss noticed, ms"] = [noticed]
+            samples[f"{rung}: loss noticed by a client that asks, ms"] = [noticed]
         stages = ("attached", "host killed", "read at once", "read when memory was taken", "let go")
         facts |= {f"{rung}: {stage}": words for stage, words in zip(stages, said, strict=False)}
     vmm = [facts.get(f"cuda-vmm: {stage}", {}) for stage in ("read at once", "read when memory was taken")]

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.checkpoints import ROOT
 from bench.gpu.part import Context, Measured
 from bench.report import Figure
+from bench.root import ROOT
 
 _ASK_S = 120
 _QUERY = (

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.gpu import files, torch_gpu
+from bench.gpu import files
 from bench.gpu.copying import MIB, copies, copy_in_ram, digest, torch_copy
 from bench.gpu.part import Context, Measured
 from bench.gpu.reading import drop, read, warm
@@ -41,6 +41,8 @@ class Scale:
 
 def copied(context: Context) -> Measured:
     """To the device, by block size and threads; in RAM; and through the digest."""
+    from bench.gpu import torch_gpu  # noqa: PLC0415 - torch takes seconds, and most steps need none of it
+
     torch_gpu.use(context.device, context.dry)
     scale, found = Scale.of(context.dry), _Samples(context.dry)
     gpu = device_of(cuda.resolve(context.device))

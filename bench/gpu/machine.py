@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-from bench.checkpoints import ROOT
+from bench.root import ROOT
 
 _LOOK = "from lunashm.memory import cuda; print(cuda.devices()[0].name)"
 LOOK_S = 120

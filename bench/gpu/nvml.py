@@ -12,7 +12,7 @@ from typing import Any
 from bench.gpu import clients, files
 from bench.gpu.part import Context, Measured
 from bench.report import Figure
-from lunashm.memory import ON_GPU, cuda
+from lunashm.memory import cuda
 from lunashm.usage import Unseen
 from lunashm.usage.nvml import Nvml
 
@@ -26,7 +26,7 @@ def run(context: Context) -> Measured:
     nbytes, tensors = (files.DRY_NBYTES, files.DRY_TENSORS) if context.dry else (NBYTES, 1000)
     file = files.made(context.scratch, "nvml", nbytes, tensors)
     try:
-        for rung in ON_GPU:
+        for rung in clients.rungs(context):
             stages = _stages(context, file, rung)
             facts |= {f"{rung}: {name}": found for name, found in stages.items()}
             used = {name: found["used"] for name, found in stages.items() if "used" in found}

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from bench.checkpoints import ROOT
+from bench.root import ROOT
 
 MEASURED = ("lunashm", "comfy_ext", "bench", "tests/contracts", "tests/gpu", "tests/standin")
 

@@ -25,7 +25,8 @@ def use(device: str, dry: bool) -> None:
         _go_dry()
     else:
         _device = torch.device(device)
-        torch.cuda.set_device(_device)
+        if _device.index:  # for the first one it would only make the context, which some programs time
+            torch.cuda.set_device(_device)
 
 
 def device() -> torch.device:
@@ -106,4 +107,4 @@ def _views_of_ram() -> None:
         window.piece = piece  # type: ignore[attr-defined] # keeps the mapping
         return torch.frombuffer(window, dtype=dtype).view(shape)
 
-    lunashm.views.tensor_at = tensor_at
+    setattr(lunashm.views, "tensor_at", tensor_at)  # noqa: B010 - it is imported there, not exported
