@@ -69,6 +69,7 @@ class Client:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self._program = program
+        self._hung = False
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         wanted = {"file": str(file), "device": context.device, "dry": context.dry, **(options or {})}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("LUNASHM_")}
@@ -90,13 +91,14 @@ class Client:
         return said
 
     def hear_or_death(self) -> Any:  # noqa: ANN401
-        """The next thing it says, or ``{"died": exit code, "words": the end of its log}``."""
+        """The next thing it says, or ``{"died": exit code, "words": the end of its log}``; ``hung``: for so many
+        seconds, then it was killed."""
         line = self._line()
         if line:
             return json.loads(line)
         code = self._process.wait(ANSWER_S)
         self._log.seek(0)
-        return {"died": code, "words": self._log.read()[-1500:]}
+        return {"died": code, "words": self._log.read()[-1500:], **({"hung": ANSWER_S} if self._hung else {})}
 
     def tell(self) -> None:
         """It goes on."""
@@ -118,9 +120,13 @@ class Client:
     def _line(self) -> str:
         """One that hangs is killed, which ends the wait."""
         assert self._process.stdout is not None
-        watchdog = threading.Timer(ANSWER_S, self._process.kill)
+        watchdog = threading.Timer(ANSWER_S, self._give_up)
         watchdog.start()
         try:
             return self._process.stdout.readline()
         finally:
             watchdog.cancel()
+
+    def _give_up(self) -> None:
+        self._hung = True
+        self._process.kill()

@@ -15,7 +15,7 @@ from bench.gpu.part import Part, Step
 from bench.gpu.record import DRY_RUN, OK, Place
 
 VERDICTS = {None: "", True: "yes", False: "**no**"}
-_LONG = 400
+_LONG = 1200
 
 
 @dataclass

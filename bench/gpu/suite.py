@@ -18,7 +18,7 @@ from bench.gpu.step import REGISTRY
 
 PART_LIMIT_S = 480.0
 """A part finishes in less than 8 minutes."""
-DRY_STEP_S = 120.0
+DRY_STEP_S = 300.0
 _LEAST_LIMIT_S = 60.0
 _PATIENCE = 3
 """A step may take so many times what is expected of it, if its part's time allows."""

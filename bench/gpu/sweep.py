@@ -21,7 +21,7 @@ from lunashm.memory import cuda, rung_for
 
 BLOCKS = (2 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
 READERS = (2, 4, 8, 16)
-SPARE = (4,)
+_SPARE = 4
 DIGESTERS = (1, 8)
 _ROUNDS = 2
 
@@ -29,10 +29,9 @@ _ROUNDS = 2
 def paces(dry: bool) -> Sequence[Pace]:
     if dry:
         return [Pace(MIB // 2, 4, 2, 1), Pace(MIB, 4, 1, 2)]
-    grid = itertools.product(BLOCKS, READERS, SPARE, DIGESTERS)
     cores = len(os.sched_getaffinity(0))
-    return [Pace(block, readers + spare, readers, digesters) for block, readers, spare, digesters in grid
-            if readers <= cores]  # fmt: skip
+    grid = itertools.product(BLOCKS, [readers for readers in READERS if readers <= cores], DIGESTERS)
+    return [Pace(block, readers + _SPARE, readers, digesters) for block, readers, digesters in grid]
 
 
 def run(context: Context) -> Measured:

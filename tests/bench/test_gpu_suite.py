@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import suite
+from bench.gpu import machine, suite
 from bench.gpu.suite import Run
 from bench.root import ROOT
 from tests.bench import gpu_parts
@@ -188,6 +188,15 @@ def test_machine_without_a_gpu_is_told_what_runs_there():
     assert done.returncode == 2
     assert "sees no NVIDIA GPU" in done.stderr
     assert "make gpu DRY=1" in done.stderr
+
+
+def test_packages_that_are_carried_reach_every_process(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    for dry in (False, True):
+        assert machine.environment(dry)["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/carried"]
+    code = "from tests.contracts import rungs; print(rungs.GPU[0].environment()['PYTHONPATH'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split(os.pathsep) == [str(ROOT), "/carried"]
 
 
 def test_unknown_part_is_named_beside_those_that_there_are():
