@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         comfyui=args.comfyui.expanduser().resolve() if args.comfyui else None,
     )  # fmt: skip
     print(f"results: {out}" + (" (DRY RUN)" if args.dry else ""), file=sys.stderr)
-    open_steps = suite.run(run)
+    try:
+        open_steps = suite.run(run)
+    except KeyboardInterrupt:
+        open_steps = {"the rest": "interrupted"}
     every = parts_of(args.registry)
     notes = chart.draw(out, every, args.dry)
     found = page.write(out, every, name, args.dry, open_steps, notes)
