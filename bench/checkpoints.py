@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.random_weights import DTYPES, Shapes, fill, write
+from bench.random_weights import DTYPES, Shapes, filled, write
 from bench.root import ROOT
 
 MAKE_TIMEOUT_S = 600
@@ -91,13 +91,17 @@ def _unet(mult: list[int], blocks: int, depth: list[int], out_depth: list[int]) 
     return _shapes(unet, "model.diffusion_model.")
 
 
+def _clip(config: str) -> torch.nn.Module:
+    """A text encoder as one of the configurations that lie beside ComfyUI's modules describes it."""
+    beside = Path(str(importlib.import_module("comfy.sd1_clip").__file__)).with_name(config)
+    return _build(
+        "comfy.clip_model.CLIPTextModel", config_dict=json.loads(beside.read_text()), dtype=None, device="meta",
+        operations=_ops(),
+    )  # fmt: skip
+
+
 def _clip_l(prefix: str, projection: bool = True) -> Shapes:
-    sd1_clip = importlib.import_module("comfy.sd1_clip")
-    config = json.loads(Path(str(sd1_clip.__file__)).with_name("sd1_clip_config.json").read_text())
-    clip = _build(
-        "comfy.clip_model.CLIPTextModel", config_dict=config, dtype=None, device="meta", operations=_ops()
-    )
-    shapes = _shapes(clip, prefix)
+    shapes = _shapes(_clip("sd1_clip_config.json"), prefix)
     if not projection:
         del shapes[prefix + "text_projection.weight"]
     return shapes
@@ -126,6 +130,34 @@ def sd15_tiny() -> Shapes:
     """SD1.5 of one level and one residual block (detection asks for 320 channels and context 768)."""
     unet = _unet([1], 1, [1], [1, 1])
     return unet | _taesd("first_stage_model.", 4) | _clip_l("cond_stage_model.transformer.", projection=False)
+
+
+def sdxl() -> Shapes:
+    """SDXL base: the 2515 tensors of the published file, its second text encoder under open_clip's names.
+
+    There is no tiny one: detection wants these depths, and ComfyUI builds both text encoders whole (1.6 GB in fp16).
+    """
+    unet = _build(
+        "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", image_size=32, in_channels=4, out_channels=4,
+        model_channels=320, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10],
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, context_dim=2048,
+        num_head_channels=64, num_classes="sequential", adm_in_channels=2816, use_linear_in_transformer=True,
+        legacy=False, use_spatial_transformer=True, device="meta", operations=_ops(),
+    )  # fmt: skip
+    clip_l = "conditioner.embedders.0.transformer."
+    ids: Shapes = {clip_l + "text_model.embeddings.position_ids": (1, 77)}
+    return (
+        ids | _shapes(unet, "model.diffusion_model.") | _kl_vae("first_stage_model.")
+        | _clip_l(clip_l, projection=False) | _open_clip_g("conditioner.embedders.1.model")
+    )  # fmt: skip
+
+
+def _open_clip_g(prefix: str) -> Shapes:
+    """ComfyUI's own conversion to the names it saves, which are those of published files."""
+    convert = importlib.import_module("comfy.diffusers_convert").convert_text_enc_state_dict_v20
+    state = {f"{prefix}.transformer.{name}": t for name, t in _clip("clip_config_bigg.json").state_dict().items()}
+    scale: Shapes = {f"{prefix}.logit_scale": ()}
+    return {name: tuple(tensor.shape) for name, tensor in convert(state, prefix).items()} | scale
 
 
 def sd3_tiny() -> Shapes:
@@ -168,6 +200,7 @@ def flux_1536() -> Shapes:
 ARCHS: dict[str, Callable[[], Shapes]] = {
     "sd15": sd15,
     "sd15-tiny": sd15_tiny,
+    "sdxl": sdxl,
     "sd3-tiny": sd3_tiny,
     "flux-tiny": flux_tiny,
     "flux-1536": flux_1536,
@@ -190,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     importlib.import_module("comfy.cli_args").args.cpu = True  # before anything asks for a device
     shapes = ARCHS[args.arch]()
     latent = LATENT_SCALE.get(args.arch, (1.0, 0.0))
-    tensors = (fill(name, shape, args.seed, latent) for name, shape in shapes.items())
+    tensors = filled(shapes, args.seed, latent, DTYPES[args.dtype])
     metadata = {"format": "pt", "about": f"random weights: {args.arch}, seed {args.seed}"}
     size = write(args.out, shapes, DTYPES[args.dtype], tensors, metadata)
     print(f"{args.out}: {len(shapes)} tensors, {size / 1e6:.1f} MB")

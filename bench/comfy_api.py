@@ -64,10 +64,14 @@ class ComfyApi:
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self.port, self.host = port, host
 
-    def queue(self, workflow: Workflow) -> str:
-        """Submit a workflow in API format; returns its prompt id. Raises PromptRejected."""
+    def queue(self, workflow: Workflow, client_id: str | None = None) -> str:
+        """Submit a workflow in API format; returns its prompt id. Raises PromptRejected.
+
+        `client_id`: of the websocket that is to hear of it (bench.comfy_events).
+        """
         try:
-            answer = json.loads(self.request("/prompt", {"prompt": workflow}))
+            body = {"prompt": workflow} | ({"client_id": client_id} if client_id else {})
+            answer = json.loads(self.request("/prompt", body))
         except urllib.error.HTTPError as exc:
             raise PromptRejected(json.loads(exc.read())) from exc
         if answer.get("node_errors"):  # some outputs are valid, others were dropped: not what was asked for

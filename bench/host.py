@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.root import ROOT
+from bench.checkpoints import ROOT
 from lunashm.paths import Endpoint, find_host
 from lunashm.protocol import HostInfo
 
@@ -40,14 +40,15 @@ class HostProcess:
         self,
         *,
         roots: Sequence[str | Path],
+        device: str = "cpu",
+        mode: str = "force_daemon",
         start_timeout_s: float = 60.0,
         stop_timeout_s: float = 15.0,
-        device: str = "cpu",
-        memory: str = "auto",
     ) -> None:
+        """`mode`: the extension's, for clients that take `environment`; "auto" lets them load locally, and say why."""
+        self.device, self.mode = device, mode
         self.roots = [str(Path(root).resolve()) for root in roots]
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
-        self.device, self.memory = device, memory
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="lunashm-bench-"))
         weakref.finalize(self, shutil.rmtree, self.runtime_dir, True)  # runs after the process's own, made later
         self.endpoint = Endpoint.parse(f"ipc://{self.runtime_dir / 'host'}.sock")
@@ -58,13 +59,13 @@ class HostProcess:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a client come to this host, and to no other: one that cannot attach fails, loudly."""
+        """What makes a client come to this host, and to no other: by default one that cannot attach fails, loudly."""
         return {
             "LUNASHM_RUNTIME_DIR": str(self.runtime_dir),
             "LUNASHM_ENDPOINT": self.endpoint.url,
             "LUNASHM_CONFIG": str(self._config),
             "LUNASHM_DEVICE": self.device,
-            "LUNASHM_MODE": "force_daemon",
+            "LUNASHM_MODE": self.mode,
         }
 
     @property
@@ -88,8 +89,7 @@ class HostProcess:
     def start(self) -> Self:
         """Start it and wait until clients can connect; stops it if that takes too long."""
         self._config.touch()
-        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url]
-        command += ["--device", self.device, "--memory", self.memory]
+        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url, "--device", self.device]
         for root in self.roots:
             command += ["--root", root]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LUNASHM_")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,12 +27,16 @@ READ_NBYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Workload:
-    """`models` is laid out as ComfyUI's models folder, `file` the checkpoint in it, `root` what a host may serve."""
+    """`models` is laid out as ComfyUI's models folder, `file` the checkpoint in it, `root` what a host may serve.
+
+    `cpu`: servers get --cpu; False lets ComfyUI choose the GPU.
+    """
 
     file: Path
     models: Path
     graph: Graph
     comfy: Path
+    cpu: bool = True
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -42,16 +47,21 @@ class Workload:
     def nbytes(self) -> int:
         return self.file.stat().st_size
 
-    def server(self, host: HostProcess | None = None) -> ComfyServer:
+    def server(
+        self,
+        host: HostProcess | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> ComfyServer:
         """Stock ComfyUI; with the extension, tied to `host`, where there is one."""
         nodes = {"lunashm": checkpoints.ROOT / "comfy_ext"} if host else {}
         return ComfyServer(
-            comfy=self.comfy, models=[self.models], custom_nodes=nodes,
-            environment=host.environment if host else {},
+            comfy=self.comfy, models=[self.models], custom_nodes=nodes, arguments=arguments, cpu=self.cpu,
+            environment=(host.environment if host else {}) | dict(environment or {}),
         )  # fmt: skip
 
-    def host(self) -> HostProcess:
-        return HostProcess(roots=[self.root])
+    def host(self, device: str = "cpu", mode: str = "force_daemon") -> HostProcess:
+        return HostProcess(roots=[self.root], device=device, mode=mode)
 
     def warm(self) -> None:
         """Read the file once, so that it is in the page cache as far as memory allows."""
@@ -107,4 +117,4 @@ def from_arguments(args: argparse.Namespace) -> Workload:
     folder = tempfile.TemporaryDirectory(prefix="lunashm-models-")
     (Path(folder.name) / "checkpoints").mkdir()
     (Path(folder.name) / "checkpoints" / file.name).symlink_to(file)
-    return Workload(file, Path(folder.name), graph, comfy, folder)
+    return Workload(file, Path(folder.name), graph, comfy, _folder=folder)
