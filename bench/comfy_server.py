@@ -33,7 +33,7 @@ from bench.process_memory import tree_memory
 __all__ = ["ComfyError", "ComfyServer", "PromptFailed", "PromptRejected", "ServerFailed"]
 
 FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
-FRONT_END = "LUNASHM_BENCH_FRONTEND"
+FRONT_END = "COMFYUI_FRONT_END_ROOT"
 """A folder with an index.html to be ComfyUI's front end; without it, an empty one where none is installed."""
 
 

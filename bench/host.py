@@ -40,15 +40,17 @@ class HostProcess:
         self,
         *,
         roots: Sequence[str | Path],
-        device: str = "cpu",
-        mode: str = "force_daemon",
         start_timeout_s: float = 60.0,
         stop_timeout_s: float = 15.0,
+        device: str = "cpu",
+        memory: str = "auto",
+        mode: str = "force_daemon",
     ) -> None:
         """`mode`: the extension's, for clients that take `environment`; "auto" lets them load locally, and say why."""
-        self.device, self.mode = device, mode
         self.roots = [str(Path(root).resolve()) for root in roots]
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
+        self.device, self.memory = device, memory
+        self.mode = mode
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="lunashm-bench-"))
         weakref.finalize(self, shutil.rmtree, self.runtime_dir, True)  # runs after the process's own, made later
         self.endpoint = Endpoint.parse(f"ipc://{self.runtime_dir / 'host'}.sock")
@@ -89,7 +91,8 @@ class HostProcess:
     def start(self) -> Self:
         """Start it and wait until clients can connect; stops it if that takes too long."""
         self._config.touch()
-        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url, "--device", self.device]
+        command = [sys.executable, "-m", "lunashm", "serve", "--endpoint", self.endpoint.url]
+        command += ["--device", self.device, "--memory", self.memory]
         for root in self.roots:
             command += ["--root", root]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LUNASHM_")}

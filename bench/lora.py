@@ -56,7 +56,7 @@ def run(setting: Setting, rank: int, depths: Sequence[int], rounds: int) -> Meas
         while done < rounds or (done < 2 * rounds and _disturbed(measured, rounds)):
             for index, depth in enumerate(depths):
                 for way in _turns(done + index):
-                    measured.pairs.append(_pair(processes, way, depth, done))
+                    measured.pairs.append(_pair(processes, way, depth, done, setting.repeats))
             for way in _turns(done):
                 measured.switches.append(_switch(processes, way, done))
             done += 1
@@ -79,13 +79,13 @@ def _disturbed(measured: Measured, wanted: int) -> bool:
     return min(cells.values()) < wanted
 
 
-def _pair(processes: Processes, way: str, depth: int, index: int) -> Pair:
+def _pair(processes: Processes, way: str, depth: int, index: int, repeats: int) -> Pair:
     process, seconds, others = processes[way], {}, []
     for stack in sorted(([], list(range(depth))), reverse=index % 2 == 1):
         process.ask("load", stack=stack)
         process.ask("step")
         watch = Stopwatch([process.pid])
-        seconds[len(stack)] = process.ask("step")
+        seconds[len(stack)] = process.ask("step", count=repeats)
         others.append(watch.read()[1])
     return Pair(way, depth, index, seconds[0], seconds[depth], max(others))
 

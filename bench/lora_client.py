@@ -39,20 +39,22 @@ Stack = tuple[int, ...]
 class Client:
     """The model, the LoRAs, and the patcher of every stack asked for so far."""
 
-    def __init__(self, way: str, model: Path, loras: Sequence[Path], size: int) -> None:
-        """`size`: image side in pixels. ComfyUI must be importable; it runs on the CPU."""
-        importlib.import_module("comfy.cli_args").args.cpu = True  # before anything asks for a device
+    def __init__(self, way: str, model: Path, loras: Sequence[Path], size: int, cpu: bool = True) -> None:
+        """`size`: image side in pixels. ComfyUI must be importable; without `cpu` it chooses the GPU."""
+        importlib.import_module("comfy.cli_args").args.cpu = cpu  # before anything asks for a device
         self._sd = importlib.import_module("comfy.sd")
         self._management = importlib.import_module("comfy.model_management")
         if way == "ours":
             importlib.import_module("comfy_ext")
-        self._way = way
+        self._way, self._cpu = way, cpu
         self._base = self._load(model)
         load_file = importlib.import_module("comfy.utils").load_torch_file
         self._loras = [load_file(str(file), safe_load=True) for file in loras]
         self._patchers: dict[Stack, Any] = {(): self._base}
         self._current: Any = None
-        self._inputs = fixed_inputs(self._base.model, size)
+        device = self._management.get_torch_device()
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._inputs = {name: tensor.to(device) for name, tensor in fixed_inputs(self._base.model, size).items()}
 
     def _load(self, file: Path) -> Any:  # noqa: ANN401 - ComfyUI has no types
         if file.parent.name == "diffusion_models":
@@ -95,15 +97,18 @@ class Client:
         gc.collect()
         began = time.perf_counter()
         self._management.load_models_gpu([patcher])
+        self._wait()
         took_s = time.perf_counter() - began
         self._current = patcher
         return took_s
 
-    def step(self) -> float:
-        """Seconds of one forward of the diffusion model."""
+    def step(self, count: int = 1) -> float:
+        """Seconds of one forward of the diffusion model; the mean of `count`, one after the other."""
         began = time.perf_counter()
-        self._forward()
-        return time.perf_counter() - began
+        for _ in range(count):
+            self._forward()
+        self._wait()
+        return (time.perf_counter() - began) / count
 
     def output(self) -> list[float]:
         return list(self._forward().flatten().tolist())
@@ -145,8 +150,10 @@ class Client:
         return sum(tensor.numel() for tensor in factors) * itemsize
 
     def private_nbytes(self) -> int:
-        """Pages that this process alone holds, after giving back what is free."""
+        """Pages that this process alone holds, after giving back what is free; on a GPU its tensors' bytes there."""
         gc.collect()
+        if torch.cuda.is_available() and not self._cpu:
+            return torch.cuda.memory_allocated()
         ctypes.CDLL(None).malloc_trim(0)
         return tree_memory(os.getpid())["private"]
 
@@ -179,7 +186,9 @@ def fixed_inputs(model: Any, size: int) -> dict[str, torch.Tensor]:  # noqa: ANN
     if "context_embedder_config" in config:  # SD3
         width = config["context_embedder_config"]["params"]["in_features"]
         return inputs | {"c_crossattn": random(CLIP_TOKENS, width), "y": random(config["adm_in_channels"])}
-    return inputs | {"t": torch.tensor([500.0, 500.0]), "c_crossattn": random(CLIP_TOKENS, config["context_dim"])}
+    vector = {"y": random(config["adm_in_channels"])} if config.get("adm_in_channels") else {}  # SDXL
+    context = {"c_crossattn": random(CLIP_TOKENS, config["context_dim"])}
+    return inputs | vector | context | {"t": torch.tensor([500.0, 500.0])}
 
 
 def main() -> None:
@@ -189,8 +198,9 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     with torch.inference_mode():  # as ComfyUI runs its nodes
         client = Client(
-            arguments["way"], Path(arguments["model"]), [Path(p) for p in arguments["loras"]], arguments["size"]
-        )
+            arguments["way"], Path(arguments["model"]), [Path(p) for p in arguments["loras"]], arguments["size"],
+            arguments["cpu"],
+        )  # fmt: skip
         print(json.dumps("ready"), file=answers, flush=True)
         for line in sys.stdin:
             command = json.loads(line)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,13 +29,23 @@ class ClientFailed(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways run: a model, LoRAs that fit it, an image size in pixels, and the ComfyUI that runs them."""
+    """What all ways run: a model, LoRAs that fit it, an image size in pixels, and the ComfyUI that runs them.
+
+    `device`: the host's; on "cpu" ComfyUI is there, too, else it chooses the GPU. `repeats`: steps in one timing.
+    """
 
     arch: str
     model: Path
     loras: Sequence[Path]
     size: int
     comfy: Path
+    device: str = "cpu"
+    repeats: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cpu(self) -> bool:
+        return self.device == "cpu"
 
 
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(4 << 30)}
@@ -43,18 +53,23 @@ KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESH
 and how much it is decides over the step's time: a model with merged weights was 43% slower than the same without."""
 
 
+ASYNC_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
+"""What ComfyUI's main.py chooses on NVIDIA GPUs before torch is imported."""
+
+
 class ClientProcess:
     """Context manager: the process is gone on exit. It starts when made; `wait` until its model is loaded."""
 
     def __init__(self, way: str, setting: Setting, environment: Mapping[str, str]) -> None:
         self.way = way
-        arguments = {"way": way, "model": str(setting.model), "size": setting.size}
+        arguments = {"way": way, "model": str(setting.model), "size": setting.size, "cpu": setting.cpu}
         arguments["loras"] = [str(file) for file in setting.loras]
+        allocator = {} if setting.cpu else ASYNC_ALLOCATOR
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.lora_client", json.dumps(arguments)],
             cwd=ROOT,
-            env=os.environ | environment | KEEP_FREED_MEMORY
+            env=os.environ | environment | KEEP_FREED_MEMORY | allocator
             | {"PYTHONPATH": os.pathsep.join([str(setting.comfy), str(ROOT)])},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
@@ -98,10 +113,10 @@ class ClientProcess:
 def running(setting: Setting) -> Iterator[dict[str, ClientProcess]]:
     """A process for each way, and the host of ours."""
     with contextlib.ExitStack() as stack:
-        host = stack.enter_context(HostProcess(roots=[setting.model.resolve().parent]))
+        host = stack.enter_context(HostProcess(roots=[setting.model.resolve().parent], device=setting.device))
         processes = {}
         for way in WAYS:
-            environment = host.environment if way == "ours" else {}
+            environment = dict(setting.environment) | (host.environment if way == "ours" else {})
             processes[way] = stack.enter_context(ClientProcess(way, setting, environment))
         for process in processes.values():
             process.wait()
@@ -114,7 +129,13 @@ def prepared(arch: str, size: int, count: int, rank: int, comfy: Path) -> Iterat
     kind = "diffusion_models" if arch.startswith("flux") else "checkpoints"
     model = workload.made(arch, "fp32", comfy, kind)
     with tempfile.TemporaryDirectory(prefix="lunashm-loras-") as folder:
-        files = [Path(folder) / f"{index}.safetensors" for index in range(count)]
-        for seed, file in enumerate(files):
+        yield Setting(arch, model, stacked(model, Path(folder), count, rank), size, comfy)
+
+
+def stacked(model: Path, folder: Path, count: int, rank: int) -> list[Path]:
+    """LoRAs for `model`'s attention and feed-forward layers in `folder`, made where they are not there yet."""
+    files = [folder / f"rank{rank}-{index}.safetensors" for index in range(count)]
+    for seed, file in enumerate(files):
+        if not file.exists():
             loras.make(model, file, rank=rank, seed=seed, parts=("diffusion_model.",))
-        yield Setting(arch, model, files, size, comfy)
+    return files

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,18 @@ LAYERS = {
 }
 """in, out, positions of a batch of two."""
 
+SDXL_LAYERS = {
+    "SDXL 640, 64x64": (640, 640, 8192),
+    "SDXL ff 640 -> 5120, 64x64": (640, 5120, 8192),
+    "SDXL ff 2560 -> 640, 64x64": (2560, 640, 8192),
+    "SDXL text 2048 -> 640": (2048, 640, 154),
+    "SDXL 1280, 32x32": (1280, 1280, 2048),
+    "SDXL ff 1280 -> 10240, 32x32": (1280, 10240, 2048),
+    "SDXL ff 5120 -> 1280, 32x32": (5120, 1280, 2048),
+    "SDXL text 2048 -> 1280": (2048, 1280, 154),
+}
+"""Those of SDXL that LoRAs patch, at 1024x1024."""
+
 RANKS = (16, 32, 64, 128)
 BRANCH, FRESH = 1 << 60, -(1 << 60)
 
@@ -48,10 +60,16 @@ class Cell:
     branch_s: float
     fresh_s: float
     takes_fresh: bool
+    break_even: float
+    """The rule takes a fresh weight where its constant (what writing an element costs) is below this."""
 
     @property
     def chosen_s(self) -> float:
         return self.fresh_s if self.takes_fresh else self.branch_s
+
+    def chosen_by(self, constant: float) -> float:
+        """Seconds of the way that the rule takes with another constant."""
+        return self.fresh_s if constant < self.break_even else self.branch_s
 
     @property
     def best_s(self) -> float:
@@ -60,9 +78,10 @@ class Cell:
 
 @torch.inference_mode()
 def measure(
-    layer: str, rank: int, repeats: int, device: str, dtype: torch.dtype
+    layer: str, shape: tuple[int, int, int], rank: int, repeats: int, device: str, dtype: torch.dtype, calls: int = 1
 ) -> tuple[Cell, dict[str, list[float]]]:
-    columns, rows, positions = LAYERS[layer]
+    """`calls`: in one timing, one queued behind the other on a GPU, as in a model."""
+    columns, rows, positions = shape
     module = torch.nn.Linear(columns, rows, device=device, dtype=dtype)
     x = torch.randn(positions, columns, device=device, dtype=dtype)
     update = Update((rows, columns))
@@ -74,28 +93,45 @@ def measure(
     times: dict[str, list[float]] = {"alone": [], "branch": [], "fresh": []}
     try:
         for _ in range(repeats + 1):
-            times["alone"].append(_seconds(plain, x))
+            times["alone"].append(_seconds(plain, x, calls))
             injection.PASS_MACS[kind] = BRANCH
-            times["branch"].append(_seconds(module, x))
+            times["branch"].append(_seconds(module, x, calls))
             injection.PASS_MACS[kind] = FRESH
-            times["fresh"].append(_seconds(module, x))
+            times["fresh"].append(_seconds(module, x, calls))
     finally:
         injection.PASS_MACS.clear()
         injection.PASS_MACS.update(standard)
     for series in times.values():
         del series[0]  # the first makes the factors
     middle = {way: median(series) for way, series in times.items()}
-    return Cell(layer, rank, middle["alone"], middle["branch"], middle["fresh"], takes_fresh), times
+    break_even = positions * rank * (rows + columns) / (rows * columns) - rank
+    return Cell(layer, rank, middle["alone"], middle["branch"], middle["fresh"], takes_fresh, break_even), times
 
 
-def _seconds(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+def _seconds(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, calls: int) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    call(x)
+    for _ in range(calls):
+        call(x)
     if x.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / calls
+
+
+def loss(cells: Sequence[Cell], constant: float) -> float:
+    """Time of the rule's choices with that constant, over that of the better way each time."""
+    return sum(cell.chosen_by(constant) for cell in cells) / sum(cell.best_s for cell in cells)
+
+
+def best_constants(cells: Sequence[Cell]) -> tuple[float, float, float]:
+    """The range of constants that lose least, and that loss. Between two break-even points nothing changes."""
+    edges = sorted({0.0, *(max(0.0, cell.break_even) for cell in cells)})
+    losses = [loss(cells, edge) for edge in edges]
+    least = min(losses)
+    low = losses.index(least)
+    high = next((at for at in range(low, len(edges)) if losses[at] > least), None)
+    return edges[low], edges[high] if high is not None else float("inf"), least
 
 
 def figures(cells: list[Cell]) -> list[Figure]:
@@ -123,9 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     cells, samples = [], {}
-    for layer in LAYERS:
+    for layer, shape in LAYERS.items():
         for rank in RANKS:
-            cell, times = measure(layer, rank, args.repeats, args.device, DTYPES[args.dtype])
+            cell, times = measure(layer, shape, rank, args.repeats, args.device, DTYPES[args.dtype])
             cells.append(cell)
             samples |= {f"{layer}, rank sum {rank}: {way}, ms": [s * 1e3 for s in ts] for way, ts in times.items()}
     chosen = [f"{cell.layer} at {cell.rank}" for cell in cells if cell.takes_fresh]

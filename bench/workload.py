@@ -29,7 +29,7 @@ READ_NBYTES = 16 << 20
 class Workload:
     """`models` is laid out as ComfyUI's models folder, `file` the checkpoint in it, `root` what a host may serve.
 
-    `cpu`: servers get --cpu; False lets ComfyUI choose the GPU.
+    `cpu`: servers get --cpu; False lets ComfyUI choose the GPU. `environment`: of all servers.
     """
 
     file: Path
@@ -37,6 +37,7 @@ class Workload:
     graph: Graph
     comfy: Path
     cpu: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -57,7 +58,7 @@ class Workload:
         nodes = {"lunashm": checkpoints.ROOT / "comfy_ext"} if host else {}
         return ComfyServer(
             comfy=self.comfy, models=[self.models], custom_nodes=nodes, arguments=arguments, cpu=self.cpu,
-            environment=(host.environment if host else {}) | dict(environment or {}),
+            environment=(host.environment if host else {}) | dict(self.environment) | dict(environment or {}),
         )  # fmt: skip
 
     def host(self, device: str = "cpu", mode: str = "force_daemon") -> HostProcess:

@@ -57,3 +57,8 @@ def check(host: HostProcess, servers: Sequence[ComfyServer], file_nbytes: int) -
             raise NotShared(
                 f"server {number} holds {nbytes / 1e9:.2f} GB of the host's {file_nbytes / 1e9:.2f} GB: {reason}"
             )
+
+
+def patched(server: ComfyServer) -> list[str]:
+    """How the extension said that LoRAs are applied, newest last."""
+    return [match[0].strip() for match in LINE.finditer(server.log_text()) if " patched: " in match[0]]

@@ -5,7 +5,7 @@ detection wants all its depths, and both its text encoders are built whole).
 
 What has to be there for the real one: a ComfyUI checkout and the packages its server imports (aiohttp, av,
 comfy-kitchen, comfy-aimdo, transformers ... ). No front end: where comfyui_frontend_package is not installed, an empty
-folder stands in for it ($LUNASHM_BENCH_FRONTEND names another). 7 GB of disk below the scratch folder.
+folder stands in for it ($COMFYUI_FRONT_END_ROOT names another). 7 GB of disk below the scratch folder.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def workload(context: Context) -> Workload:
     """What a server and a host need; its graph is the long one. The file is in the page cache afterwards."""
     file = checkpoint(context)
     comfy = checkpoints.comfy_root(context.comfyui)
-    work = Workload(file, file.parent.parent, graph(context, size_of(context).long), comfy, cpu=context.dry)
+    long = graph(context, size_of(context).long)
+    work = Workload(file, file.parent.parent, long, comfy, cpu=context.dry, environment=environment_of(context))
     work.warm()
     return work
 
@@ -63,6 +64,11 @@ def workload(context: Context) -> Workload:
 def device_of(context: Context) -> str:
     """Where ComfyUI's host keeps its bytes: in a dry run ComfyUI is on the CPU, so its host is, too."""
     return "cpu" if context.dry else context.device
+
+
+def environment_of(context: Context) -> dict[str, str]:
+    """Of ComfyUI's processes. Toys: threads that wait for each other stall tiny steps on a busy machine."""
+    return {"OMP_NUM_THREADS": "1"} if context.dry else {}
 
 
 def log_tail(server: ComfyServer, lines: int = 12) -> str:
