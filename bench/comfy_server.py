@@ -10,7 +10,6 @@ Knows nothing of lunashm: what a server runs with comes in as custom node direct
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bench import front_end
 from bench.checkpoints import ROOT, comfy_root
 from bench.comfy_api import POLL_S, ComfyApi, ComfyError, PromptFailed, PromptRejected, ServerFailed
 from bench.process_memory import tree_memory
@@ -33,8 +33,6 @@ from bench.process_memory import tree_memory
 __all__ = ["ComfyError", "ComfyServer", "PromptFailed", "PromptRejected", "ServerFailed"]
 
 FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
-FRONT_END = "COMFYUI_FRONT_END_ROOT"
-"""A folder with an index.html to be ComfyUI's front end; without it, an empty one where none is installed."""
 
 
 def free_port() -> int:
@@ -184,23 +182,11 @@ class ComfyServer(ComfyApi):
             "--preview-method": "none",
         }
         flags = ["--disable-auto-launch", "--disable-api-nodes", *(["--cpu"] if self.cpu else [])]
-        front_end = self._front_end()
-        if front_end is not None:
-            options["--front-end-root"] = str(front_end)
+        front_end_root = front_end.root(self.python, self.base)
+        if front_end_root is not None:
+            options["--front-end-root"] = str(front_end_root)
         named = [word for option in options.items() for word in option]
         return [self.python, "main.py", *named, *flags, *self.arguments]
-
-    def _front_end(self) -> Path | None:
-        """A folder to pass as the front end; None where ComfyUI has its own. No benchmark looks at it."""
-        named = os.environ.get(FRONT_END)
-        if named:
-            return Path(named).expanduser().resolve()
-        if self.python != sys.executable or importlib.util.find_spec("comfyui_frontend_package") is not None:
-            return None
-        empty = self.base / "front_end"
-        empty.mkdir(exist_ok=True)
-        (empty / "index.html").write_text("<!doctype html><title>no front end is installed</title>")
-        return empty
 
     def stop(self) -> None:
         """End the process group: SIGTERM, then SIGKILL after `stop_timeout_s`. Safe to call twice."""

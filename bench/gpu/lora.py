@@ -22,7 +22,7 @@ from bench.lora_processes import Setting, stacked
 from bench.report import Figure
 
 RANK = 16
-DEPTHS, DRY_DEPTHS = (1, 2, 4, 8), (1, 2)
+DEPTHS, DRY_DEPTHS = (1, 2, 4, 8), (2,)
 ROUNDS = 4
 REPEATS = 5
 TARGETS = {2: "<= 3", 8: "<= 10"}
