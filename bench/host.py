@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,12 +45,16 @@ class HostProcess:
         device: str = "cpu",
         memory: str = "auto",
         mode: str = "force_daemon",
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`mode`: the extension's, for clients that take `environment`; "auto" lets them load locally, and say why."""
+        """`mode`: the extension's, for clients that take `environment`; "auto" lets them load locally, and say why.
+
+        `variables`: further ones of the host's own environment.
+        """
         self.roots = [str(Path(root).resolve()) for root in roots]
         self.start_timeout_s, self.stop_timeout_s = start_timeout_s, stop_timeout_s
         self.device, self.memory = device, memory
-        self.mode = mode
+        self.mode, self.variables = mode, dict(variables or {})
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="lunashm-bench-"))
         weakref.finalize(self, shutil.rmtree, self.runtime_dir, True)  # runs after the process's own, made later
         self.endpoint = Endpoint.parse(f"ipc://{self.runtime_dir / 'host'}.sock")
@@ -97,7 +101,7 @@ class HostProcess:
             command += ["--root", root]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LUNASHM_")}
         paths = [str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
-        environment = inherited | self.environment | {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = inherited | self.variables | self.environment | {"PYTHONPATH": os.pathsep.join(paths)}
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.runtime_dir, env=environment, start_new_session=True,

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Client:
         self._patchers: dict[Stack, Any] = {(): self._base}
         self._current: Any = None
         device = self._management.get_torch_device()
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self._inputs = {name: tensor.to(device) for name, tensor in fixed_inputs(self._base.model, size).items()}
 
     def _load(self, file: Path) -> Any:  # noqa: ANN401 - ComfyUI has no types
@@ -153,7 +153,7 @@ class Client:
         """Pages that this process alone holds, after giving back what is free; on a GPU its tensors' bytes there."""
         gc.collect()
         if torch.cuda.is_available() and not self._cpu:
-            return torch.cuda.memory_allocated()
+            return int(torch.cuda.memory_allocated())
         ctypes.CDLL(None).malloc_trim(0)
         return tree_memory(os.getpid())["private"]
 

@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    cells, samples = [], {}
+    cells: list[Cell] = []
+    samples: dict[str, list[float]] = {}
     for layer, shape in LAYERS.items():
         for rank in RANKS:
             cell, times = measure(layer, shape, rank, args.repeats, args.device, DTYPES[args.dtype])

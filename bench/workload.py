@@ -61,8 +61,10 @@ class Workload:
             environment=(host.environment if host else {}) | dict(self.environment) | dict(environment or {}),
         )  # fmt: skip
 
-    def host(self, device: str = "cpu", mode: str = "force_daemon") -> HostProcess:
-        return HostProcess(roots=[self.root], device=device, mode=mode)
+    def host(
+        self, device: str = "cpu", mode: str = "force_daemon", variables: Mapping[str, str] | None = None
+    ) -> HostProcess:
+        return HostProcess(roots=[self.root], device=device, mode=mode, variables=variables)
 
     def warm(self) -> None:
         """Read the file once, so that it is in the page cache as far as memory allows."""

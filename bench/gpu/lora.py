@@ -68,7 +68,7 @@ PART = Part(
     "LoRAs on SDXL: time per step, switch, memory, pictures, against stock merge and bypass",
     (
         Step("steps", steps, 200.0, needs_comfyui=True),
-        Step("servers", pictures, 110.0, needs_comfyui=True),
+        Step("servers", pictures, 150.0, needs_comfyui=True),
         Step("rule", lora_rules.run, 40.0),
         Step("accuracy", lora_accuracy.run, 20.0),
     ),

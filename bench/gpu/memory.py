@@ -38,8 +38,8 @@ PART = Part(
     "Real ComfyUI servers: memory, time and images, stock against shared",
     (
         Step("checkpoint", sdxl.make, 45.0, needs_comfyui=True),
-        Step("single", memory_single.run, 95.0, needs_comfyui=True),
-        Step("servers-shared", shared, 150.0, needs_comfyui=True),
+        Step("single", memory_single.run, 105.0, needs_comfyui=True),
+        Step("servers-shared", shared, 140.0, needs_comfyui=True),
         Step("servers-stock", stock, 150.0, needs_comfyui=True),
     ),
 )

@@ -1,16 +1,16 @@
 """N servers on one GPU, N growing in one run: idle, attached and peak memory, and what they render together.
 
 At each N the new servers start beside those that are there and have rendered, each renders its first prompt in turn,
-then all render at once. idle: new servers are up, none of them has rendered. attached: all have, memory stands still.
-peak: the highest of the whole level, everybody rendering at once included. All are of the whole device, less what was
-in use before the first process started. In turn: the highest while first prompts ran one after the other.
+then all render at once. idle: what all of them, and the host, added by starting. attached: all have rendered, memory
+stands still. in turn: the highest while first prompts ran one after the other. peak: the highest of the whole level,
+everybody rendering at once included. All are of the whole device, less what was in use before the first process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -74,7 +74,8 @@ class Growth:
         self.fleet.before = self._meter.settled()
         self._host: HostProcess | None = None
         if kind == "shared":
-            self._host = stack.enter_context(self._work.host(sdxl.device_of(context), mode="auto"))
+            self._host = stack.enter_context(self._work.host(sdxl.device_of(context), "auto", environment))
+        self._idle = 0
         self._servers: list[ComfyServer] = []
         self._events: list[Events] = []
 
@@ -88,10 +89,11 @@ class Growth:
             return None
         return f"stock N={count} was left out: it needs about {need / GB:.1f} GB, there are {free / GB:.1f} GB"
 
-    def grow(self, count: int) -> Level:
+    def grow(self, count: int) -> None:
         """Raises ComfyError, and NotShared."""
+        before_start = self._meter.settled() if self._servers else self.fleet.before
         fresh = self._start(count - len(self._servers))
-        idle = self._meter.settled()
+        self._idle += self._meter.settled() - before_start
         self._work.warm()
         load_s, images = [], []
         with Watch(self._meter) as watch:
@@ -103,16 +105,21 @@ class Growth:
         if self._host is not None:
             memory_sharing.check(self._host, self._servers, self._work.nbytes)
             self.fleet.weights = memory_sharing.shared_nbytes(self._host)
+        before, took_s, rendered = self.fleet.before, float("nan"), 0
+        failed: ComfyError | None = None
         with Watch(self._meter) as together:
-            took_s, rendered = self._all_at_once(count)
-        before = self.fleet.before
+            try:
+                took_s, rendered = self._all_at_once(count)
+            except ComfyError as exc:  # what they held until then is known
+                failed = exc
         level = Level(
-            count, idle - before, attached - before, max(watch.peak, attached) - before,
+            count, self._idle, attached - before, max(watch.peak, attached) - before,
             max(watch.peak, together.peak, attached) - before, together.rate_hz, tuple(load_s), tuple(images),
             took_s, rendered,
         )  # fmt: skip
         self.fleet.levels[count] = level
-        return level
+        if failed is not None:
+            raise failed
 
     def last_words(self) -> str:
         """What the logs of the servers end with, those that died first."""
@@ -130,7 +137,7 @@ class Growth:
 
     def _all_at_once(self, count: int) -> tuple[float, int]:
         """Seconds, and how many prompts were rendered in them; every server renders as many."""
-        each = 1 if self._context.dry or count >= 8 else 2
+        each = 1 if self._context.dry or count >= 4 else 2
 
         def render(events: Events) -> None:
             for number in range(each):
@@ -147,16 +154,18 @@ def grown(
     kind: str,
     counts: Sequence[int],
     environment: Mapping[str, str] | None = None,
-    done: Callable[[Level], None] = lambda _: None,
 ) -> Fleet:
-    """Level after level; what goes wrong ends it with a note, and what was found before stays."""
+    """Level after level; what goes wrong ends it with a note, and what was found before stays.
+
+    `environment`: further variables of servers and host.
+    """
     with contextlib.ExitStack() as stack:
         growth = Growth(context, kind, stack, environment or {})
         for count in counts:
             why = growth.no_room(count)
             try:
                 if why is None:
-                    done(growth.grow(count))
+                    growth.grow(count)
                     continue
             except memory_sharing.NotShared as exc:
                 why = f"{kind} N={count}: not shared, so it has no figures: {exc}"

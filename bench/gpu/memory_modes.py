@@ -45,8 +45,8 @@ PART = Part(
     "modes",
     "ComfyUI servers under MPS, with other flags, and with weights in RAM",
     (
-        Step("mps", mps, 90.0, needs_comfyui=True),
-        Step("flags", memory_flags.run, 120.0, needs_comfyui=True),
-        Step("ram-tier", memory_ram.run, 70.0, needs_comfyui=True),
+        Step("mps", mps, 140.0, needs_comfyui=True),
+        Step("flags", memory_flags.run, 180.0, needs_comfyui=True),
+        Step("ram-tier", memory_ram.run, 90.0, needs_comfyui=True),
     ),
 )

@@ -54,7 +54,7 @@ class Bench:
 
 
 def rounds_of(context: Context) -> int:
-    return 1 if context.dry else 10
+    return 1 if context.dry else 8
 
 
 def run(context: Context) -> Measured:
