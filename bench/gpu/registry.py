@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from bench.gpu import contract, loading
+from bench.gpu import contract, loading, lora, memory, memory_modes
 from bench.gpu.part import Part
 
 PARTS: tuple[Part, ...] = (
     contract.PART,
     loading.PART,
+    memory.PART,
+    lora.PART,
+    memory_modes.PART,
 )

@@ -5,16 +5,22 @@ lunashm's views of a GPU's memory are tensors on this device; see ``torch_npu.vi
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management as management
+import comfy.model_patcher
 import torch
 import torch_npu.views
 from aiohttp import web
 from server import PromptServer
 
 torch_npu.views.install_views()
+if os.environ.get("LUNASHM_TEST_DYNAMIC_VRAM"):  # what ComfyUI's main.py does where comfy-aimdo finds a driver
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
 _routes = PromptServer.instance.routes
 
 
@@ -75,4 +81,21 @@ class TakeMemory:
         return {}
 
 
-NODE_CLASS_MAPPINGS = {"TakeMemory": TakeMemory}
+class UnloadModels:
+    """What ComfyUI does when memory runs out: all models off the device, none forgotten."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"nonce": ("INT", {"max": 1 << 40})}}
+
+    RETURN_TYPES = ()
+    FUNCTION = "unload"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def unload(self, nonce: int) -> dict[str, Any]:
+        management.unload_all_models()
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {"TakeMemory": TakeMemory, "UnloadModels": UnloadModels}

@@ -30,6 +30,7 @@ def install_views() -> None:
         module.tensor_at = _tensor_at
     for module in (lunashm.cuda_views, lunashm.client.private):
         module.torch_device = _torch_device
+    lunashm.cuda_views.device_uuid = _device_uuid
 
 
 def _torch_device(device: str) -> torch.device:
@@ -37,6 +38,12 @@ def _torch_device(device: str) -> torch.device:
     from lunashm.memory.cuda_device import device_of
 
     return torch.device(CPU) if device == CPU else torch.device("npu", device_of(device).gpu.ordinal)
+
+
+def _device_uuid(device: torch.device) -> str:
+    from lunashm.memory import CPU, cuda
+
+    return CPU if device.type == CPU else cuda.resolve(f"cuda:{device.index}")
 
 
 def _tensor_at(mapping, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
