@@ -204,14 +204,16 @@ class Binding:
             file.bind([place for place in away if module is None or place.owner() is module])
 
     def move_private(self, model: torch.nn.Module, source: torch.device, target: torch.device) -> None:
-        """What of ``model`` is on ``source`` and not shared goes to ``target``; parameters stay the same objects."""
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.device == source and (id(module), name) not in self.places:
-                    parameter.data = parameter.data.to(target)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device == source:
-                    module._buffers[name] = buffer.to(target)
+        """What of ``model`` is on ``source`` and not shared goes to ``target``."""
+        with torch.inference_mode(False):
+            for module in model.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and parameter.device == source and (id(module), name) not in self.places:
+                        moved = parameter.detach().to(target)
+                        module._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.device == source:
+                        module._buffers[name] = buffer.to(target)
 
     def renewals(self, reopened: Callable[[SharedFile], Attachment]) -> list[tuple[SharedFile, Attachment]]:
         """New attachments for the files whose host is gone, where another host is there.

@@ -1,4 +1,4 @@
-"""ComfyUI on a GPU with a host of RAM: one copy of the weights in RAM for all, copies on the GPU while they are used."""
+"""ComfyUI on a GPU with a host of RAM: one copy of the weights there for all, copies on the GPU while they are used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_two_servers_draw_stocks_picture_from_one_copy_in_ram(
     added = [ram(server) - before for server, before in zip((*servers, stock), idle, strict=True)]
     assert weights > 290 * MB
     assert "the host lends RAM" in servers[0].log_text()
-    print(f"RAM added by a render, PSS: shared {added[0] / MB:.0f} and {added[1] / MB:.0f} MB, stock {added[2] / MB:.0f} MB")
+    print("RAM added by a render, MB of PSS: two with the host, one stock:", [round(nbytes / MB) for nbytes in added])
     for server in (*servers, stock):
         server.stop()
 

@@ -18,7 +18,7 @@ SD15 = txt2img_checkpoint("sd15-tiny.safetensors")
 FLUX = flux_unet("flux-tiny.safetensors", "clip-l.safetensors", "vae-tiny.safetensors")
 LENT = "npu:0 (lent)"
 MODELS = ("BaseModel", "SD1ClipModel", "TAESD")
-FLAGS = [(), ("--highvram",), ("--gpu-only",), ("--lowvram",), ("--novram",), ("--disable-smart-memory",)]
+FLAGS = [(), ("--gpu-only",), ("--lowvram",), ("--disable-smart-memory",)]
 
 
 def flat(name: str) -> str:
@@ -29,7 +29,9 @@ def flat(name: str) -> str:
 def pictures(shared_machine: Machine) -> dict[str, NDArray[np.uint8]]:
     """What stock ComfyUI draws on the same GPU without flags."""
     server = shared_machine.server(lunashm=False)
-    return {"sd15": pixels(server.render(SD15)), "flux": pixels(server.render(FLUX))}
+    found = {"sd15": pixels(server.render(SD15)), "flux": pixels(server.render(FLUX))}
+    server.stop()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,8 @@ def test_free_memory_counts_the_weights_once(shared_machine: Machine, host: GpuH
 def test_little_free_memory_unloads_nothing_that_would_not_help(machine: Machine) -> None:
     """A GPU that the weights fill but for what drawing takes: stock would have no room for them at all."""
     host = machine.host()
-    host.ask("load", str(machine.models / "checkpoints" / "sd15-tiny.safetensors"), "--for", "comfyui", "--device", "cuda")
+    checkpoint = str(machine.models / "checkpoints" / "sd15-tiny.safetensors")
+    host.ask("load", checkpoint, "--for", "comfyui", "--device", "cuda")
     server = machine.server(LUNASHM_STANDIN_MEMORY=str(500 * MB))
     picture = pixels(server.render(SD15))
     assert (pixels(server.render(again(SD15, 1))) == picture).all()
@@ -112,7 +115,8 @@ def test_little_free_memory_unloads_nothing_that_would_not_help(machine: Machine
 
 
 def test_lora_is_applied_where_the_weights_are(shared_machine: Machine, host: GpuHost) -> None:
-    graph = txt2img_checkpoint("sd15-tiny.safetensors", loras=[("a.safetensors", 1.0, 1.0), ("b.safetensors", -0.5, 0.5)])
+    loras = [("a.safetensors", 1.0, 1.0), ("b.safetensors", -0.5, 0.5)]
+    graph = txt2img_checkpoint("sd15-tiny.safetensors", loras=loras)
     stock, server = shared_machine.server(lunashm=False), shared_machine.server()
     theirs, ours = pixels(stock.render(graph)).astype(int), pixels(server.render(graph)).astype(int)
     assert np.abs(theirs - ours).max() <= 16, "half precision, and another order of rounding"
