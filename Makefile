@@ -36,7 +36,7 @@ ifdef GPU_PYTHON
 gpu:
 else
 GPU_PYTHON := $(BIN)/python
-gpu: $(VENV)/.installed
+gpu: $(VENV)/.comfyui
 endif
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m bench.gpu $(if $(DRY),--dry) \
 		$(if $(PARTS),--parts "$(PARTS)") $(if $(OUT),--out "$(OUT)") \

@@ -11,6 +11,7 @@ arrived. A node ends where the next begins: ComfyUI says nothing at the end of o
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import threading
 import time
@@ -18,8 +19,6 @@ import uuid
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-
-import aiohttp
 
 from bench.comfy_api import ComfyApi, ComfyError, Workflow
 
@@ -40,6 +39,7 @@ class Events:
     """Context manager: a websocket of one server, heard in a thread of its own."""
 
     def __init__(self, server: ComfyApi) -> None:
+        self._aiohttp = importlib.import_module("aiohttp")  # the rest of the GPU suite does without
         self._server, self._client = server, uuid.uuid4().hex
         self._heard: list[tuple[float, str, dict[str, Any]]] = []
         self._news = threading.Condition()
@@ -91,7 +91,7 @@ class Events:
             self._loop.run_until_complete(self._task)
         except asyncio.CancelledError:
             pass
-        except (aiohttp.ClientError, OSError) as exc:
+        except (self._aiohttp.ClientError, OSError) as exc:
             self._fail(str(exc))
         finally:
             self._loop.close()
@@ -105,10 +105,10 @@ class Events:
 
     async def _listen(self) -> None:
         url = f"ws://{self._server.host}:{self._server.port}/ws?clientId={self._client}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+        async with self._aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
             self._connected.set()
             async for message in socket:
-                if message.type is aiohttp.WSMsgType.TEXT:
+                if message.type is self._aiohttp.WSMsgType.TEXT:
                     said = json.loads(message.data)
                     with self._news:
                         self._heard.append((time.monotonic(), said["type"], said.get("data") or {}))
