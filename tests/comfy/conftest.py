@@ -134,10 +134,21 @@ def host(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hos
         yield running
 
 
-def shared_server(models: Path, environment: dict[str, str]) -> ComfyServer:
-    """ComfyUI with the extension linked into custom_nodes, as ``lunashm comfy install`` does it."""
+KEEP_MODELS = ("--cache-classic",)
+"""By default ComfyUI drops a loader's outputs between two prompts where the machine is short of RAM: then the next
+prompt loads anew, and nothing is left of the model that a test is about."""
+
+
+def shared_server(models: Path, environment: dict[str, str], *arguments: str) -> ComfyServer:
+    """ComfyUI with the extension linked into custom_nodes, as ``lunashm comfy install`` does it.
+
+    ``arguments``: in place of KEEP_MODELS.
+    """
     nodes = {"lunashm": ROOT / "comfy_ext"}
-    return ComfyServer(comfy=comfy_checkout(), models=[models], custom_nodes=nodes, environment=environment)
+    return ComfyServer(
+        comfy=comfy_checkout(), models=[models], custom_nodes=nodes, environment=environment,
+        arguments=arguments or KEEP_MODELS,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from bench.comfy_api import PromptFailed
 from bench.comfy_server import ComfyServer
 from bench.workflows import Graph, txt2img_checkpoint
-from tests.comfy.conftest import ROOT, Host, running_host
+from tests.comfy.conftest import KEEP_MODELS, ROOT, Host, running_host
 from tests.comfy.test_lifecycle import until
 from tests.tiers import comfy_checkout
 
@@ -30,8 +30,9 @@ def own_host(models: Path, tmp_path: Path) -> Iterator[Host]:
 def server(models: Path, own_host: Host) -> Iterator[ComfyServer]:
     nodes = {"lunashm": ROOT / "comfy_ext", "failstop": ROOT / "tests" / "comfy" / "packs" / "failstop"}
     with ComfyServer(
-        comfy=comfy_checkout(), models=[models], custom_nodes=nodes, environment=own_host.environment
-    ) as running:
+        comfy=comfy_checkout(), models=[models], custom_nodes=nodes, environment=own_host.environment,
+        arguments=KEEP_MODELS,
+    ) as running:  # fmt: skip
         yield running
 
 

@@ -78,6 +78,18 @@ def test_sealed_memory_without_a_name_draws_the_same_and_outlives_its_host(
         assert f"re-attached {SD15}" in server.log_text()
 
 
+def test_model_that_comfyui_drops_for_want_of_ram_is_attached_again(
+    models: Path, own_host: Host, stock: ComfyServer
+) -> None:
+    """ComfyUI's default cache, as on a machine that never has enough RAM."""
+    with shared_server(models, own_host.environment, "--cache-ram", "1000", "1000") as server:
+        for seed in (1, 2):
+            graph = txt2img_checkpoint(SD15, seed=seed)
+            assert server.render(graph) == stock.render(graph)
+        assert server.log_text().count(f"attached {SD15}") == 2
+        assert "loaded locally" not in server.log_text()
+
+
 def test_a_prompt_does_not_wait_for_a_new_host_that_is_still_loading(server: ComfyServer, own_host: Host) -> None:
     server.render(txt2img_checkpoint(SD15))
     own_host.kill()

@@ -59,7 +59,8 @@ class Machine:
         """A ComfyUI on ``npu:0`` that is up; with the extension linked as ``lunashm comfy install`` does it."""
         nodes = {"accelerator": PACKS / "accelerator"} | ({"lunashm": comfy.ROOT / "comfy_ext"} if lunashm else {})
         server = Server(
-            comfy=comfy_checkout(), models=[self.models], custom_nodes=nodes, arguments=arguments, cpu=False,
+            comfy=comfy_checkout(), models=[self.models], custom_nodes=nodes, cpu=False,
+            arguments=arguments if any("--cache" in word for word in arguments) else (*arguments, *comfy.KEEP_MODELS),
             environment=environment(accelerator=True, **{**self.variables, **variables}),
         )  # fmt: skip
         self._servers.append(server)
