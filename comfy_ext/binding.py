@@ -81,6 +81,7 @@ class SharedFile:
         self._session = session
         self._next_try = 0.0
         self._told = ""
+        self._lender = f"the host at {session.endpoint.url}"
         with _live_lock:
             _live.add(self)
 
@@ -100,6 +101,14 @@ class SharedFile:
     @property
     def path(self) -> str:
         return self.attachment.manifest.source.path
+
+    @property
+    def lender(self) -> str:
+        """``the host at ipc:///... (posix, cpu)``, also after that host is gone."""
+        host = self._session.host
+        if host is not None:
+            self._lender = f"the host at {host.endpoint} ({host.rung}, {host.device_name})"
+        return self._lender
 
     def stale(self) -> bool:
         """Whether the host that lent these bytes is gone and another is there. Cheap enough for every prompt."""

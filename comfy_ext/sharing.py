@@ -18,7 +18,7 @@ from lunashm import settings
 from lunashm.client import Attachment, Session
 from lunashm.errors import LoadTimeout, LunashmError, ModelNotReady, SettingsError, UnsupportedFormat
 
-from . import binding, devices, hostlink
+from . import asking, binding, devices, hostlink
 from .layers import PatchedLayers
 from .patcher import adopt, check_adoptable
 from .trace import Slot, Trace, UntraceableError
@@ -42,9 +42,13 @@ def share(
     try:
         chosen = settings.load()
     except SettingsError as exc:
+        if _mode(None) == "force_daemon":
+            raise
         _say_once(names, f"{exc}; mend that to share models")
         return local()
-    if chosen.mode == "force_local":
+    mode = _mode(chosen)
+    if mode == "force_local":
+        _tell_node(names, f"mode {mode}")
         return local()
     try:
         with _one_at_a_time:
@@ -59,11 +63,19 @@ def share(
         log.exception("[lunashm] sharing %s failed; please report this", names)
         reason = UntraceableError(f"sharing it failed: {exc!r}")
     unready = isinstance(reason, ModelNotReady | LoadTimeout) and chosen.fallback != "local"
-    if chosen.mode == "force_daemon" or unready:  # unready: a local copy now would be a second copy in a moment
-        where = f"mode {chosen.mode}, fallback {chosen.fallback}, host expected at {devices.endpoint().url}"
+    if mode == "force_daemon" or unready:  # unready: a local copy now would be a second copy in a moment
+        where = f"mode {mode}, fallback {chosen.fallback}, host expected at {devices.endpoint().url}"
         raise type(reason)(f"{names}: {reason} ({where})")
     _say_once(names, str(reason))
     return local()
+
+
+def _mode(chosen: settings.Settings | None) -> str:
+    """A node's own mode, else the setting's."""
+    asked = asking.current()
+    if asked is not None and asked.mode != "auto":
+        return asked.mode
+    return chosen.mode if chosen is not None else "auto"
 
 
 def _through_host(
@@ -126,7 +138,9 @@ def _can_share(patcher: comfy.model_patcher.ModelPatcher, home: torch.device) ->
     if devices.can_use(patcher.load_device, home):
         return True
     what, where = type(patcher.model).__name__, patcher.load_device
-    log.warning("[lunashm] %s is loaded locally: it runs on %s, and the host lends memory of %s", what, where, home)
+    reason = f"it runs on {where}, and the host lends memory of {home}"
+    log.warning("[lunashm] %s is loaded locally: %s", what, reason)
+    _tell_node(what, reason)
     return False
 
 
@@ -166,8 +180,15 @@ def _patcher_of(holder: Any) -> comfy.model_patcher.ModelPatcher | None:
     return getattr(holder, "patcher", None)
 
 
+def _tell_node(names: str, reason: str) -> None:
+    asked = asking.current()
+    if asked is not None:
+        asked.stayed_local(names, reason)
+
+
 def _say_once(names: str, reason: str) -> None:
-    """I5: each reason once per file, until it could be shared; not for every prompt."""
+    """I5: each reason once per file, until it could be shared; not for every prompt. A node is told every time."""
+    _tell_node(names, reason)
     if _said.get(names) != reason:
         _said[names] = reason
         log.warning("[lunashm] %s is loaded locally, until ComfyUI unloads it: %s", names, reason)
