@@ -159,6 +159,17 @@ def any_lost() -> bool:
     return any(file.attachment.lost for file in _all())
 
 
+def shown_here() -> list[tuple[str, int, str]]:
+    """Of each file that models of this process show: its name, the bytes of it that they use, who lends them."""
+    found: dict[tuple[str, str], dict[tuple[str, int], int]] = {}
+    for file in _all():
+        shared = file.attachment.state_dict()
+        stretches = found.setdefault((file.name, file.lender), {})
+        for place in file.places:
+            stretches[place.tensor, place.start] = place.shape.numel() * shared[place.tensor].element_size()
+    return [(name, sum(stretches.values()), lender) for (name, lender), stretches in sorted(found.items())]
+
+
 def _all() -> list[SharedFile]:
     with _live_lock:
         return list(_live)

@@ -4,6 +4,18 @@ A file a node, and beside them what they have in common. They work with plain Co
 only where a node asks the host.
 """
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
+from .host_status import LunaHostStatus
+from .router import LunaModelRouter
+from .secondary import LunaSecondaryModelLoader
 
-NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "LunaModelRouter": LunaModelRouter,
+    "LunaSecondaryModelLoader": LunaSecondaryModelLoader,
+    "LunaHostStatus": LunaHostStatus,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "LunaModelRouter": "Luna Model Router",
+    "LunaSecondaryModelLoader": "Luna Secondary Model Loader",
+    "LunaHostStatus": "Luna Host Status",
+}

@@ -9,6 +9,8 @@ from typing import Any
 from .. import asking
 from ..units import size
 
+_NOT_ASKED_FOR = "its loader does not take it from one safetensors file"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -37,7 +39,7 @@ def origin_of(holder: Any, reasons: Mapping[str, str] | None = None) -> Origin:
     binding = _binding(holder)
     if binding is None or not binding.files:
         said = dict.fromkeys((reasons or {}).values())
-        return Origin(False, reason=asking.unavailable or "; ".join(said))
+        return Origin(False, reason=asking.unavailable or "; ".join(said) or _NOT_ASKED_FOR)
     where = "; ".join(dict.fromkeys(file.lender for file in binding.files))
     return Origin(True, where, binding.shared_nbytes, binding.private_nbytes)
 
