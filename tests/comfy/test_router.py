@@ -1,4 +1,4 @@
-"""The Luna loader nodes: the same picture as stock's loaders, from the host where that can be, or the reason why not."""
+"""The Luna loader nodes: the same picture as stock's loaders, from the host, or locally with the reason."""
 
 from __future__ import annotations
 
