@@ -4,18 +4,35 @@ A file a node, and beside them what they have in common. They work with plain Co
 only where a node asks the host.
 """
 
-from .host_status import LunaHostStatus
-from .router import LunaModelRouter
-from .secondary import LunaSecondaryModelLoader
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {
-    "LunaModelRouter": LunaModelRouter,
-    "LunaSecondaryModelLoader": LunaSecondaryModelLoader,
-    "LunaHostStatus": LunaHostStatus,
-}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "LunaModelRouter": "Luna Model Router",
-    "LunaSecondaryModelLoader": "Luna Secondary Model Loader",
-    "LunaHostStatus": "Luna Host Status",
-}
+try:
+    import folder_paths  # noqa: F401
+except ImportError:
+    pass  # outside ComfyUI: what knows nothing of it can be imported by itself
+else:
+    from .gateway import LunaConfigGateway
+    from .host_status import LunaHostStatus
+    from .lora_stack import LunaLoRAStack
+    from .router import LunaModelRouter
+    from .secondary import LunaSecondaryModelLoader
+    from .validator import LunaLoRAValidator
+
+    NODE_CLASS_MAPPINGS |= {
+        "LunaModelRouter": LunaModelRouter,
+        "LunaConfigGateway": LunaConfigGateway,
+        "LunaLoRAStack": LunaLoRAStack,
+        "LunaSecondaryModelLoader": LunaSecondaryModelLoader,
+        "LunaHostStatus": LunaHostStatus,
+        "LunaLoRAValidator": LunaLoRAValidator,
+    }
+    NODE_DISPLAY_NAME_MAPPINGS |= {
+        "LunaModelRouter": "Luna Model Router",
+        "LunaConfigGateway": "Luna Config Gateway",
+        "LunaLoRAStack": "Luna LoRA Stack",
+        "LunaSecondaryModelLoader": "Luna Secondary Model Loader",
+        "LunaHostStatus": "Luna Host Status",
+        "LunaLoRAValidator": "Luna LoRA Validator",
+    }
