@@ -30,7 +30,16 @@ def _start() -> None:
     if lunashm.__version__ != __version__:
         _do_without(
             f"this extension is version {__version__} but the lunashm package is {lunashm.__version__}, so models are "
-            "loaded locally; run: lunashm comfy install PATH_TO_COMFYUI"
+            "loaded locally; run: lunashm comfy install PATH_TO_COMFYUI; "
+            f"or, where ComfyUI-Manager installed it: python -m pip install lunashm=={__version__}"
+        )
+        return
+    try:
+        import lunashm.client  # noqa: PLC0415 - what it needs may be missing
+    except ImportError as exc:
+        _do_without(
+            f"the lunashm package is installed, but not what it needs ({exc}), so models are loaded locally; "
+            "`python -m pip check` names it"
         )
         return
     from . import attach  # noqa: PLC0415 - needs lunashm

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,11 +27,13 @@ SUPPORTED_FROM = (0, 3, 64)
 
 
 class Presence(enum.Enum):
-    """What lies at custom_nodes/lunashm. FOREIGN is anything that lunashm did not put there."""
+    """What lies at custom_nodes/lunashm. COPY is one that lunashm made, PACK one that something else did (the registry,
+    ComfyUI-Manager, a person), FOREIGN anything but our extension."""
 
     ABSENT = "absent"
     LINK = "link"
     COPY = "copy"
+    PACK = "pack"
     FOREIGN = "foreign"
 
 
@@ -61,15 +64,25 @@ class Checkout:
             return Presence.LINK if ours else Presence.FOREIGN
         if not self.node.exists():
             return Presence.ABSENT
-        return Presence.COPY if (self.node / MARKER).is_file() else Presence.FOREIGN
+        if (self.node / MARKER).is_file():
+            return Presence.COPY
+        return Presence.PACK if self._pack().get("name") == NODE else Presence.FOREIGN
 
     @property
     def copied_version(self) -> str:
-        """Which lunashm a COPY came from; empty where its marker does not say."""
+        """Of a COPY or a PACK; empty where it does not say."""
         try:
             return str(json.loads((self.node / MARKER).read_text())["version"])
         except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            return str(self._pack().get("version", ""))
+
+    def _pack(self) -> dict[str, Any]:
+        """[project] of what lies at custom_nodes/lunashm; empty for what is no pack."""
+        try:
+            project = tomllib.loads((self.node / "pyproject.toml").read_text()).get("project")
+        except (OSError, ValueError):
+            return {}
+        return project if isinstance(project, dict) else {}
 
     @property
     def version(self) -> tuple[int, ...]:

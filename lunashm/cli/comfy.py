@@ -89,6 +89,11 @@ def _remove(checkout: Checkout) -> None:
             checkout.node.unlink()
         case Presence.COPY:
             shutil.rmtree(checkout.node)
+        case Presence.PACK:
+            raise Refused(
+                f"{checkout.node} is lunashm's, but not put there by `lunashm comfy install`; update or remove it with "
+                "what did, ComfyUI-Manager say"
+            )
         case Presence.FOREIGN:
             raise Refused(f"{checkout.node} was not put there by lunashm; move it away, then try again")
 

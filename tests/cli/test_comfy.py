@@ -134,7 +134,7 @@ def test_without_pyyaml_extra_paths_are_simply_not_seen(comfyui, monkeypatch):
 
 def test_a_virtual_environment_in_the_checkout_is_the_python_to_install_into(comfyui):
     checkout = Checkout.at(comfyui)
-    assert comfy.pip_command(checkout).startswith("python -m pip install lunashm==")
+    assert comfy.pip_command(checkout).startswith("python -m pip install ")
     (comfyui / "venv" / "bin").mkdir(parents=True)
     (comfyui / "venv" / "bin" / "python").symlink_to(sys.executable)
     assert comfy.pip_command(checkout).startswith(f"{comfyui}/venv/bin/python -m pip install ")
@@ -191,6 +191,35 @@ def test_doctor_notices_a_copy_of_another_version(cli, comfyui, node, models, le
     hosts = found["extension and hosts"]
     assert hosts.state is State.FAIL
     assert f"version 0.0.1, pid {lent.process.pid} (cpu) has {lunashm.__version__}" in hosts.detail
+
+
+@pytest.fixture
+def pack(node):
+    """The extension as the registry's client puts it there: no marker of ours, its own metadata."""
+    node.mkdir()
+    project = f'[project]\nname = "lunashm"\nversion = "{lunashm.__version__}"\n'
+    (node / "pyproject.toml").write_text(project)
+    return node
+
+
+@pytest.mark.parametrize("command", [["install"], ["install", "--copy"], ["uninstall"]])
+def test_a_pack_that_something_else_installed_is_left_to_it(cli, comfyui, pack, command):
+    result = cli("comfy", *command, comfyui)
+    assert result.code == exits.REFUSED
+    assert "not put there by `lunashm comfy install`" in result.err
+    assert (pack / "pyproject.toml").is_file()
+
+
+def test_doctor_takes_such_a_pack_for_what_it_is(comfyui, pack, models, lent):
+    found = checks(comfyui)
+    assert (found["extension"].state, found["extension and hosts"].state) == (State.OK, State.OK)
+    assert "a node pack" in found["extension"].detail
+    (pack / "pyproject.toml").write_text('[project]\nname = "lunashm"\nversion = "0.0.1"\n')
+    found = checks(comfyui)
+    assert (found["extension"].state, found["extension and hosts"].state) == (State.FAIL, State.FAIL)
+    assert "version 0.0.1" in found["extension"].detail
+    (pack / "pyproject.toml").write_text("[project\n")
+    assert "is not lunashm's" in checks(comfyui)["extension"].detail
 
 
 def test_doctor_looks_for_lunashm_in_comfyuis_own_environment(comfyui):

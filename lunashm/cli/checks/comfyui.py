@@ -79,17 +79,23 @@ def installed(checkout: Checkout) -> Check:
                 text = f"a copy of version {checkout.copied_version or 'unknown'}, this is {__version__}"
                 return Check("extension", State.FAIL, text, f"{install} --copy")
             return Check("extension", State.OK, f"a copy of version {__version__}")
+        case Presence.PACK:
+            version = checkout.copied_version or "unknown"
+            if version != __version__:
+                text = f"{checkout.node} is a node pack of version {version}, this is {__version__}"
+                return Check("extension", State.FAIL, text, "update the older one: the pack with what installed it")
+            return Check("extension", State.OK, f"a node pack of version {version}")
 
 
 def against_hosts(checkout: Checkout) -> Check:
     """The extension's version against that of every host that it may attach to."""
     name = "extension and hosts"
-    if checkout.presence not in (Presence.LINK, Presence.COPY):
+    if checkout.presence not in (Presence.LINK, Presence.COPY, Presence.PACK):
         return Check(name, State.SKIP, "there is no extension of ours")
     hosts = list(live().values())
     if not hosts:
         return Check(name, State.SKIP, "no host is running")
-    ours = checkout.copied_version if checkout.presence is Presence.COPY else __version__
+    ours = __version__ if checkout.presence is Presence.LINK else checkout.copied_version
     others = [f"pid {host.pid} ({host.device_name}) has {host.version}" for host in hosts if host.version != ours]
     if others:
         text = f"the extension has version {ours or 'unknown'}, {', '.join(others)}"
