@@ -1,0 +1,1 @@
+"""What the node pack has beside its code, made from the nodes themselves: example workflows, pictures, locale files."""
