@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as server:
         known = definitions(json.loads(server.request("/object_info")))
+        if not any(definition.pack == MODULE for definition in known.values()):
+            raise server.failure("did not load the pack")
         _write(PACK / "locales" / "en" / "nodeDefs.json", written(locales.node_definitions(known, MODULE)))
         _write(PACK / "locales" / "en" / "main.json", written(locales.main()))
         saved = examples.saved(known)
