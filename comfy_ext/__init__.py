@@ -35,7 +35,7 @@ def _start() -> None:
         )
         return
     try:
-        from lunashm.client import attach as _  # noqa: PLC0415 - what it needs may be missing
+        from lunashm.client import attach as _  # noqa: F401, PLC0415 - what it needs may be missing
     except ImportError as exc:
         _do_without(
             f"the lunashm package is installed, but not what it needs ({exc}), so models are loaded locally; "

@@ -70,6 +70,10 @@ def alone(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest
         yield Alone(server, REASONS[request.param])
 
 
+only_once = pytest.mark.parametrize("alone", [not_installed], indirect=True, ids=lambda make: make.__name__)
+"""For what draws, and differs by the reason alone."""
+
+
 def test_nodes_are_listed_and_the_log_says_why_once(alone: Alone) -> None:
     listed = json.loads(alone.server.request("/object_info"))
     assert {kind for kind, node in listed.items() if node["python_module"] == "custom_nodes.lunashm"} >= {
@@ -81,6 +85,7 @@ def test_nodes_are_listed_and_the_log_says_why_once(alone: Alone) -> None:
     assert "Traceback" not in log
 
 
+@only_once
 def test_router_loads_locally_and_says_why(alone: Alone) -> None:
     picture, status = drawn(alone.server, routed(txt2img_checkpoint(SD15, seed=1)))
     assert (pixels(picture) == pixels(alone.server.render(txt2img_checkpoint(SD15, seed=1)))).all()
@@ -98,6 +103,7 @@ def test_force_daemon_is_an_error_with_the_reason(alone: Alone) -> None:
     assert alone.reason in failed.value.exception_message
 
 
+@only_once
 def test_gateway_applies_loras_to_what_is_local(alone: Alone) -> None:
     graph = routed(txt2img_checkpoint(SD15, seed=3))
     texts = {"positive": "a hill <lora:a:0.8> <lora:nonexistent:1>", "negative": "blurry"}
