@@ -39,7 +39,7 @@ def _start() -> None:
     except ImportError as exc:
         _do_without(
             f"the lunashm package is installed, but not what it needs ({exc}), so models are loaded locally; "
-            "`python -m pip check` names it"
+            "'python -m pip check' names it"
         )
         return
     from . import attach  # noqa: PLC0415 - needs lunashm
