@@ -42,16 +42,12 @@ def comfy_root(comfy: str | Path | None = None) -> Path:
     return root
 
 
-def make(
-    arch: str, out: str | Path, comfy: str | Path | None = None, dtype: str = "fp16", seed: int = 0
-) -> Path:
+def make(arch: str, out: str | Path, comfy: str | Path | None = None, dtype: str = "fp16", seed: int = 0) -> Path:
     """Write one file in a process of its own (ComfyUI's modules stay out of this one); returns its path."""
     command = [sys.executable, "-m", "bench.checkpoints", arch, str(Path(out).absolute())]
     command += ["--comfy", str(comfy_root(comfy)), "--dtype", dtype, "--seed", str(seed)]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=MAKE_TIMEOUT_S
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=MAKE_TIMEOUT_S)
     except subprocess.TimeoutExpired as exc:
         raise CheckpointError(f"making {arch} at {out} took more than {MAKE_TIMEOUT_S} s") from exc
     if done.returncode:

@@ -115,9 +115,7 @@ class ComfyServer(ComfyApi):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
 
     def start(self) -> Self:
@@ -161,9 +159,7 @@ class ComfyServer(ComfyApi):
 
     def _command(self) -> list[str]:
         roots = {
-            f"bench{index}": {
-                folder.name: str(folder) for folder in sorted(root.iterdir()) if folder.is_dir()
-            }
+            f"bench{index}": {folder.name: str(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
             for index, root in enumerate(self.models)
         }
         paths = self.base / "extra_model_paths.yaml"

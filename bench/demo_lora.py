@@ -1,6 +1,6 @@
 """The demo's LoRAs: one for each client, with random factors, in the three ways in which such files name their layers.
 
-    python -m bench.demo_lora /tmp/large.safetensors /tmp/loras 4
+python -m bench.demo_lora /tmp/large.safetensors /tmp/loras 4
 """
 
 from __future__ import annotations

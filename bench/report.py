@@ -117,9 +117,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, and the spread of every series of samples; numbers that JSON lacks become null."""
-        spreads = {
-            name: dataclasses.asdict(spread(series)) for name, series in self.samples.items() if series
-        }
+        spreads = {name: dataclasses.asdict(spread(series)) for name, series in self.samples.items() if series}
         whole = {**dataclasses.asdict(self), "spread": spreads, "met": self.met}
         return {key: finite(value) for key, value in whole.items()}
 

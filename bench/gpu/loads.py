@@ -114,5 +114,3 @@ def _pace(device: str) -> dict[str, object]:
     pace = Pace.on(device)
     return {"pace": f"{pace.readers} readers, {pace.buffers} blocks of {pace.block_nbytes / MIB:g} MiB, "
                     f"{pace.digesters} threads for the digest"}  # fmt: skip
-
-

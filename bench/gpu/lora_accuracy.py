@@ -44,9 +44,7 @@ def run(context: Context) -> Measured:
 
 
 @torch.inference_mode()
-def errors_of(
-    shape: tuple[int, int, int], strength: float, device: str, dtype: torch.dtype
-) -> dict[str, float]:
+def errors_of(shape: tuple[int, int, int], strength: float, device: str, dtype: torch.dtype) -> dict[str, float]:
     """`shape`: out, in, positions. `strength` 1: dW is about as large as the weight."""
     rows, columns, positions = shape
     generator = torch.Generator().manual_seed(SEED)

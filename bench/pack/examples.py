@@ -155,7 +155,7 @@ def _long_run(graph: Graph) -> None:
     _note(graph, "T7")
     router = _router(graph, (1, 0))
     gateway = _gateway(graph, (2, 0), router["model"], router["clip"], router["vae"])
-    sampler = _sample_of(graph, (3, 0), gateway, steps=50)
+    sampler = _sample_of(graph, (3, 0), gateway, steps=50, control_after_generate="increment")
     _picture(graph, (3, 0), sampler["latent"], gateway["vae"], "T7")
     status = graph.node("LunaHostStatus", (3, 0), model=router["model"])
     _shown(graph, (4, 0), status["text"], "what the host holds, and for whom")

@@ -24,8 +24,10 @@ WIDTH = 380
 GAP_X, GAP_Y = 70, 70
 SLOT, WIDGET, TEXT, PADDING = 22, 32, 130, 40  # height in pixels, roomy enough for both ways to draw nodes
 SHOWS = {"SaveImage": 260, "PreviewAny": 120}  # room for what a node shows once it ran
-CONTROL = "fixed"
+CONTROL = "control_after_generate"
 NOTE = "MarkdownNote"
+FILE = ".safetensors"
+"""What a combo may lack: the file is another for everybody."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ class Graph:
         self._nodes: list[Node] = []
 
     def node(self, kind: str, cell: Cell, /, **inputs: object) -> Node:
-        """Nodes of one cell stand below each other. ``inputs``: links and widgets' values by name."""
+        """Nodes of one cell stand below each other. ``inputs``: links and widgets' values by name; with those of the
+        class ``control_after_generate``, what becomes of the seed: ``fixed``, ``increment``, ``randomize``.
+        """
         definition = self._definitions[kind]
+        control = str(inputs.pop(CONTROL, "fixed"))
         for name in inputs:
             definition.input(name)
         node = Node(len(self._nodes) + 1, kind, definition, cell, _height(definition))
@@ -78,7 +83,7 @@ class Graph:
             elif not item.is_widget and (given is not None or not item.optional):
                 raise ValueError(f"{kind}: {item.name} has to be linked")
         for item in definition.widgets:
-            node.values += _values(kind, item, inputs.get(item.name))
+            node.values += _values(kind, item, inputs.get(item.name), control)
         self._nodes.append(node)
         return node
 
@@ -150,15 +155,17 @@ def _height(definition: Definition) -> int:
     return PADDING + slots * SLOT + lines * WIDGET + texts * TEXT + SHOWS.get(definition.kind, 0)
 
 
-def _values(kind: str, item: Input, given: object) -> list[Any]:
-    """What the front end saves for a widget, its seed's control included."""
+def _values(kind: str, item: Input, given: object, control: str) -> list[Any]:
+    """What the front end saves for a widget, a seed's control included."""
     default = item.choices[0] if item.choices and "default" not in item.options else item.options.get("default")
     value = default if given is None or isinstance(given, Link) else given
     if item.type == "COMBO" and given is None and "default" not in item.options:
         raise ValueError(f"{kind}: {item.name} needs a value, or the first file of whoever made this is saved")
+    if item.choices and value not in item.choices and not str(value).endswith(FILE):
+        raise ValueError(f"{kind}: {item.name} is {value!r}, but can be {', '.join(map(str, item.choices))}")
     if value is None:
         value = "" if item.type == "STRING" else 0
-    return [value, CONTROL] if item.has_control else [value]
+    return [value, control] if item.has_control else [value]
 
 
 def _saved(node: Node, position: tuple[int, int], links: list[list[Any]]) -> dict[str, Any]:

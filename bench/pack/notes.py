@@ -81,7 +81,7 @@ made. The validator knew before.
 
 {_CHOOSE}
 
-**Queue** it ten times with other seeds and watch the memory:
+**Queue** it ten times (the seed counts up) and watch the memory:
 
 **lunashm top --csv memory.csv**
 

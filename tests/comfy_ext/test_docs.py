@@ -22,7 +22,8 @@ PAGES = [GUIDE, *sorted((ROOT / "comfy_ext" / "web" / "docs").glob("*.md"))]
 PUT_IN = re.compile(r"%[-+0-9.]*[sdrfg]")
 SAMPLE = re.compile(
     r"\S+\.(?:safetensors|toml|comfy_quant|weight|alpha)|ipc://\S+|\[\d[\d, ]*\]|'[^']*'|lora_unet\w+|[\d.]*\d"
-    r"|<lora:style:much>|No module named|NVIDIA A \(GPU-1b2c\)|AutoencoderKL|BaseModel|SDXLTokenizer|PATH_TO_COMFYUI|SDXL|\bmps\b"
+    r"|<lora:style:much>|No module named|NVIDIA A \(GPU-1b2c\)|AutoencoderKL|BaseModel|SDXLTokenizer"
+    r"|PATH_TO_COMFYUI|SDXL|\bmps\b"
 )
 COMMANDS = ("lunashm ", "python ", "comfy ", "cd ", "git ")
 OLD = "[DaemonModel]"
