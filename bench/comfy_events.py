@@ -6,6 +6,8 @@ arrived. A node ends where the next begins: ComfyUI says nothing at the end of o
     with Events(server) as events:
         timed = events.run(graph)
         timed.node_s["sampler"]
+
+Who wants to hear of everything at once, of each sampling step, say, gives a listener; it is called in that thread.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +41,9 @@ class Timed:
 class Events:
     """Context manager: a websocket of one server, heard in a thread of its own."""
 
-    def __init__(self, server: ComfyApi) -> None:
+    def __init__(self, server: ComfyApi, listener: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+        """`listener`: called with the kind and the data of every message."""
+        self._listener = listener
         self._aiohttp = importlib.import_module("aiohttp")  # the rest of the GPU suite does without
         self._server, self._client = server, uuid.uuid4().hex
         self._heard: list[tuple[float, str, dict[str, Any]]] = []
@@ -110,7 +115,10 @@ class Events:
             async for message in socket:
                 if message.type is self._aiohttp.WSMsgType.TEXT:
                     said = json.loads(message.data)
+                    kind, data = said["type"], said.get("data") or {}
+                    if self._listener is not None:
+                        self._listener(kind, data)
                     with self._news:
-                        self._heard.append((time.monotonic(), said["type"], said.get("data") or {}))
-                        if said["type"] in ENDED:
+                        self._heard.append((time.monotonic(), kind, data))
+                        if kind in ENDED:
                             self._news.notify_all()

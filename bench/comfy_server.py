@@ -109,6 +109,7 @@ class ComfyServer(ComfyApi):
         self.log = self.base / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._log_text = ""
+        self._nothing = 0  # prompts of it so far
 
     # --- life -----------------------------------------------------------------------------------------
 
@@ -199,9 +200,15 @@ class ComfyServer(ComfyApi):
     def free(self, settle_timeout_s: float = 10.0) -> None:
         """Unload all models, drop cached results, and wait until memory stands still for half a second.
 
-        The server only notes the wish and gives no sign when done; a prompt queued too soon would go first.
+        The server only notes the wish, looks at it after the prompt that comes next, and gives no sign when done. So
+        two prompts of nothing follow: where the second one ran, the wish was granted.
         """
         super().free()
+        for _ in range(2):
+            self._nothing += 1
+            nothing = {"class_type": "EmptyLatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}}
+            shown = {"class_type": "PreviewAny", "inputs": {"source": ["nothing", 0], "bench_nonce": self._nothing}}
+            self.run({"nothing": nothing, "shown": shown})
         deadline, still, last = time.monotonic() + settle_timeout_s, 0, -1
         while still < 5 and time.monotonic() < deadline:
             time.sleep(0.1)

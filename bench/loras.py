@@ -24,6 +24,7 @@ LAYERS = ("attn", "mlp", ".ff.", "linear1", "linear2")
 PREFIXES = {
     "model.diffusion_model.": "diffusion_model.",
     "cond_stage_model.": "text_encoders.clip_l.",
+    "conditioner.embedders.0.": "text_encoders.clip_l.",  # SDXL; its other encoder has open_clip's names
     "text_encoders.": "text_encoders.",
     "text_model.": "text_encoders.clip_l.transformer.text_model.",
     "double_blocks.": "diffusion_model.double_blocks.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from lunashm.usage.ram import Resident, parse_status
+
 SHM = "/dev/shm/"
 
 
@@ -47,6 +49,21 @@ def tree_memory(pid: int) -> dict[str, int]:
         "shared": fields["Shared_Clean:"] + fields["Shared_Dirty:"],
         "shmem": fields.get("Pss_Shmem:", 0),
     }
+
+
+def resident(pid: int) -> Resident:
+    """Of a process and its descendants, every page in full; the kernel has it at hand, so it may be asked often.
+
+    Raises ProcessLookupError when the process itself is gone.
+    """
+    found = []
+    for member in descendants(pid):
+        with contextlib.suppress(OSError):
+            found.append(parse_status(Path(f"/proc/{member}/status").read_bytes()))
+    there = [one for one in found if one is not None]
+    if not there:
+        raise ProcessLookupError(f"process {pid} is gone")
+    return Resident(sum(r.anonymous for r in there), sum(r.file for r in there), sum(r.shared for r in there))
 
 
 def held_shared_memory(pid: int) -> int:

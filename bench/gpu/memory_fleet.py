@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -61,20 +61,31 @@ class Fleet:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a fleet is made of, and measured with.
+
+    start  makes and starts so many more servers; gets the host of those that share
+    host   starts the host; None where nothing is shared
+    each   prompts of a server when all of so many render at once
+    """
+
+    work: Workload
+    meter: Meter
+    start: Callable[[HostProcess | None, int], Sequence[ComfyServer]]
+    host: Callable[[], HostProcess] | None
+    each: Callable[[int], int]
+
+
 class Growth:
     """One kind of server ("stock" or "shared"), more and more of them."""
 
-    def __init__(
-        self, context: Context, kind: str, stack: contextlib.ExitStack, environment: Mapping[str, str]
-    ) -> None:
-        self._context, self._stack, self._environment = context, stack, dict(environment)
-        self._work: Workload = sdxl.workload(context)
-        self._meter: Meter = meter_of(context)
-        self.fleet = Fleet(kind, self._meter.unit)
+    def __init__(self, kind: str, means: Means, stack: contextlib.ExitStack) -> None:
+        self._means, self._stack = means, stack
+        self._work, self._meter = means.work, means.meter
+        self.fleet = Fleet(kind, means.meter.unit)
         self.fleet.before = self._meter.settled()
-        self._host: HostProcess | None = None
-        if kind == "shared":
-            self._host = stack.enter_context(self._work.host(sdxl.device_of(context), "auto", environment))
+        self._host = means.host() if means.host is not None else None
         self._idle = 0
         self._servers: list[ComfyServer] = []
         self._events: list[Events] = []
@@ -127,9 +138,8 @@ class Growth:
         return "\n".join(sdxl.log_tail(server) for server in dead[:2])
 
     def _start(self, number: int) -> list[tuple[ComfyServer, Events]]:
-        servers = [self._work.server(self._host, environment=self._environment) for _ in range(number)]
+        servers = self._means.start(self._host, number)
         self._servers += servers
-        started(self._stack, servers)
         events = [self._stack.enter_context(Events(server)) for server in servers]
         self._events += events
         self._meter.follow([server.pid for server in self._servers], self._host.pid if self._host else None)
@@ -137,7 +147,7 @@ class Growth:
 
     def _all_at_once(self, count: int) -> tuple[float, int]:
         """Seconds, and how many prompts were rendered in them; every server renders as many."""
-        each = 1 if self._context.dry or count >= 4 else 2
+        each = self._means.each(count)
 
         def render(events: Events) -> None:
             for number in range(each):
@@ -155,22 +165,36 @@ def grown(
     counts: Sequence[int],
     environment: Mapping[str, str] | None = None,
 ) -> Fleet:
-    """Level after level; what goes wrong ends it with a note, and what was found before stays.
-
-    `environment`: further variables of servers and host.
-    """
+    """Of servers with SDXL. `environment`: further variables of servers and host."""
     with contextlib.ExitStack() as stack:
-        growth = Growth(context, kind, stack, environment or {})
-        for count in counts:
-            why = growth.no_room(count)
-            try:
-                if why is None:
-                    growth.grow(count)
-                    continue
-            except memory_sharing.NotShared as exc:
-                why = f"{kind} N={count}: not shared, so it has no figures: {exc}"
-            except ComfyError as exc:
-                why = f"{kind} N={count} failed: {str(exc)[:1500]}\n--- last log lines ---\n{growth.last_words()}"
-            growth.fleet.notes.append(why)
-            break
-        return growth.fleet
+        work, variables = sdxl.workload(context), dict(environment or {})
+
+        def start(host: HostProcess | None, number: int) -> Sequence[ComfyServer]:
+            return started(stack, [work.server(host, environment=variables) for _ in range(number)])
+
+        def host() -> HostProcess:
+            return stack.enter_context(work.host(sdxl.device_of(context), "auto", variables))
+
+        def each(count: int) -> int:
+            return 1 if context.dry or count >= 4 else 2
+
+        means = Means(work, meter_of(context), start, host if kind == "shared" else None, each)
+        return levels(kind, counts, means, stack)
+
+
+def levels(kind: str, counts: Sequence[int], means: Means, stack: contextlib.ExitStack) -> Fleet:
+    """Level after level; what goes wrong ends it with a note, and what was found before stays."""
+    growth = Growth(kind, means, stack)
+    for count in counts:
+        why = growth.no_room(count)
+        try:
+            if why is None:
+                growth.grow(count)
+                continue
+        except memory_sharing.NotShared as exc:
+            why = f"{kind} N={count}: not shared, so it has no figures: {exc}"
+        except ComfyError as exc:
+            why = f"{kind} N={count} failed: {str(exc)[:1500]}\n--- last log lines ---\n{growth.last_words()}"
+        growth.fleet.notes.append(why)
+        break
+    return growth.fleet
