@@ -1,4 +1,4 @@
-# make demo | make test | make check | make gpu: each sets up .venv by itself on a fresh machine.
+# make demo | make test | make check | make acceptance | make gpu: each sets up .venv by itself on a fresh machine.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 COMFYUI := $(or $(LUNASHM_COMFYUI),$(wildcard $(HOME)/ComfyUI))
 # posix_ipc and others may have no wheel for this Python: then pip needs a C compiler and Python's headers.
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check acceptance gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lunashm needs Python 3.11 or newer; set PYTHON=")'
@@ -29,6 +29,10 @@ check: $(VENV)/.installed
 
 test: check $(VENV)/.comfyui
 	$(BIN)/python -m pytest
+
+# The user's eight tests on real ComfyUI servers, one line each: ARGS="--short --only T3,T5 --out DIR".
+acceptance: $(VENV)/.comfyui
+	$(BIN)/python -m bench.acceptance $(if $(COMFYUI),--comfyui "$(COMFYUI)") $(ARGS)
 
 # Everything that only a GPU can tell, see bench/gpu/README.md: PARTS=1,2 OUT=DIR DRY=1 ARGS="--fresh".
 # GPU_PYTHON names a Python that has what is needed: then nothing is installed.
